@@ -1,0 +1,306 @@
+"""Facts and files of the BraTS data sets: modalities, labels, regions, folder layouts, reading and writing NIfTI.
+
+Three layouts are found without being told:
+* BraTS 2017-2021: `<case>/<case>_{t1,t1ce,t2,flair,seg}.nii[.gz]`, labels 0 1 2 4
+* BraTS 2023 on:   `<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz`, labels 0 1 2 3
+* MSD Task01:      `imagesTr/<case>.nii.gz` (4-D), `labelsTr/<case>.nii.gz`, `dataset.json`
+"""
+
+import json
+import logging
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from isal import igzip, isal_zlib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")  # the channel order of every tensor, checkpoint and figure
+LABELS = {1: "NCR", 2: "ED", 3: "ET"}  # training labels; 0 is background
+LABEL_NAMES = {"NCR": "necrotic / non-enhancing core", "ED": "oedema", "ET": "enhancing tumour"}
+REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+TARGETS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,), "NCR": (1,), "ED": (2,)}  # what is scored, in table order
+
+# Raw label -> training label. The meaning of a raw value is decided per data set: 4 is the enhancing tumour up to
+# 2021 but the resection cavity in 2024, and 1 is oedema in the MSD but necrosis everywhere else.
+LABEL_SCHEMES = {
+    "brats2021": {0: 0, 1: 1, 2: 2, 4: 3},
+    "brats2023": {0: 0, 1: 1, 2: 2, 3: 3},
+    "brats2024": {0: 0, 1: 1, 2: 2, 3: 3, 4: 0},  # the resection cavity is not tumour
+    "msd": {0: 0, 1: 2, 2: 1, 3: 3},
+}
+LAYOUT_SCHEMES = {"brats2021": "brats2021", "brats2023": "brats2023", "msd": "msd"}
+
+ROLES = {
+    "brats2021": {"t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair", "seg": "seg"},
+    "brats2023": {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair", "seg": "seg"},
+}
+FILE_NAMES = {
+    "brats2021": re.compile(r"(?P<case>.+)_(?P<role>t1|t1ce|t2|flair|seg)\.nii(\.gz)?", re.IGNORECASE),
+    "brats2023": re.compile(r"(?P<case>.+)-(?P<role>t1n|t1c|t2w|t2f|seg)\.nii(\.gz)?", re.IGNORECASE),
+}
+# In BraTS 2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii.
+STRAY_SEGMENTATION = re.compile(r".+_segm\.nii(\.gz)?", re.IGNORECASE)
+MSD_MODALITIES = {"T1": "t1", "T1W": "t1", "T1GD": "t1ce", "T1CE": "t1ce", "T2": "t2", "T2W": "t2", "FLAIR": "flair"}
+
+
+class InputError(ValueError):
+    """Something the person at the terminal can mend: one line that names the file or flag and the remedy."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient visit as found on disk. `files` may be incomplete: `read_case` is where that is refused."""
+
+    name: str
+    layout: str  # a key of LAYOUT_SCHEMES
+    files: dict[str, tuple[Path, ...]]  # modality or "seg" -> files; MSD: "4d" in place of the modalities
+    channels: tuple[str, ...] = ()  # MSD: what the 4-D file's channels are
+
+    @property
+    def patient(self) -> str:
+        """Two visits of one patient share this; cases that carry no visit number are their own patient."""
+        visit = re.fullmatch(r"(BraTS-.+-\d{4,5})-\d{3}|(Brats1[789]_.+)_\d+", self.name, re.IGNORECASE)
+        return (visit[1] or visit[2]) if visit else self.name
+
+    @property
+    def labelled(self) -> bool:
+        return "seg" in self.files
+
+    @property
+    def source_files(self) -> list[Path]:
+        return sorted(path for paths in self.files.values() for path in paths)
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A case in memory, in native space: `image` float32 [4, X, Y, Z], `label` raw values int16 [X, Y, Z] or None,
+    `affine` float64 [4, 4] in mm."""
+
+    image: np.ndarray
+    label: np.ndarray | None
+    affine: np.ndarray
+
+
+# ---- finding cases -------------------------------------------------------------------------------------------------
+
+
+def find_cases(root: str | Path) -> list[Case]:
+    """Every case below `root` (or `root` itself), sorted by name. Raises InputError when there is none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder. Give the folder that holds the BraTS case folders.")
+    cases = _find_msd(root) or _find_folders(root)
+    if not cases:
+        raise InputError(
+            f"{root}: no BraTS case found. Expected <case>/<case>_t1.nii.gz (BraTS 2017-2021), "
+            "<case>/<case>-t1n.nii.gz (2023 on) or dataset.json with imagesTr/ (MSD Task01)."
+        )
+    names = [case.name for case in cases]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise InputError(f"{root}: case {twice[0]} is there in two folders. Keep one of them.")
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _find_folders(root: Path) -> list[Case]:
+    found: dict[tuple[str, str, str], dict[str, list[Path]]] = {}  # (folder, layout, case) -> role -> files
+    strays: dict[str, list[Path]] = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort()
+        for name in sorted(names):
+            if name.startswith("."):  # macOS leaves ._ files in archives
+                continue
+            path = Path(folder, name)
+            if STRAY_SEGMENTATION.fullmatch(name):
+                strays.setdefault(folder, []).append(path)
+            for layout, pattern in FILE_NAMES.items():
+                if match := pattern.fullmatch(name):
+                    role = ROLES[layout][match["role"].lower()]
+                    files = found.setdefault((folder, layout, match["case"]), {})
+                    files.setdefault(role, []).append(path)
+    for (folder, _, _), files in found.items():
+        if "seg" not in files and folder in strays:
+            files["seg"] = strays[folder]
+    return [
+        Case(name, layout, {role: tuple(paths) for role, paths in files.items()})
+        for (_, layout, name), files in found.items()
+        if set(files) != {"seg"}  # a folder of segmentations alone, such as our own predictions, is no case
+    ]
+
+
+def _find_msd(root: Path) -> list[Case]:
+    description = root / "dataset.json"
+    if not description.is_file():
+        return []
+    try:
+        named = json.loads(description.read_text())["modality"]
+        channels = tuple(MSD_MODALITIES[named[str(i)].upper()] for i in range(len(named)))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{description}: not the dataset.json of MSD Task01_BrainTumour ({error}).") from None
+    if sorted(channels) != sorted(MODALITIES):
+        raise InputError(f"{description}: modalities {channels}, expected FLAIR, T1w, T1gd and T2w.")
+    cases = []
+    for folder in ("imagesTr", "imagesTs"):
+        for path in sorted(root.glob(f"{folder}/[!.]*.nii*")):
+            name = path.name.split(".nii")[0]
+            labels = sorted(root.glob(f"{folder.replace('images', 'labels')}/{name}.nii*"))
+            files = {"4d": (path,)} | ({"seg": tuple(labels)} if labels else {})
+            cases.append(Case(name, "msd", files, channels))
+    return cases
+
+
+def label_scheme(cases: list[Case], override: str | None = None) -> str:
+    """The one label scheme of a data set, from its layout; `override` is the user's word. Mixed layouts are refused."""
+    if override is not None:
+        return override
+    schemes = {LAYOUT_SCHEMES[case.layout]: case.name for case in cases}
+    if len(schemes) > 1:
+        (first, a), (second, b) = list(schemes.items())[:2]
+        raise InputError(
+            f"cases of two label schemes in one folder: {a} ({first}) and {b} ({second}). Preprocess them separately."
+        )
+    return next(iter(schemes))
+
+
+# ---- reading and writing -------------------------------------------------------------------------------------------
+
+
+def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels in their stored (or scaled) type and the affine [4, 4] in mm of one NIfTI file."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+    try:
+        # ISA-L inflates about three times as fast as zlib, and checks the CRC: a truncated file cannot pass.
+        data = igzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        image = nibabel.Nifti1Image.from_bytes(data)
+        voxels = np.asanyarray(image.dataobj)
+    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+        raise InputError(f"{path}: truncated or damaged ({_one_line(error)}). Download or copy it again.") from None
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
+        raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}).") from None
+    if abs(np.linalg.det(image.affine[:3, :3])) < 1e-6 or not np.isfinite(image.affine).all():
+        raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
+    return voxels, image.affine
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_case(case: Case) -> Volumes:
+    """All four modalities and, where there is one, the segmentation; refused unless they fit together."""
+    _refuse_missing_or_double(case)
+    if case.layout == "msd":
+        voxels, affine = read_nifti(case.files["4d"][0])
+        if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
+            raise InputError(f"{case.files['4d'][0]}: shape {voxels.shape}, expected [X, Y, Z, 4].")
+        # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
+        image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(np.float32)
+        for channel, modality in enumerate(MODALITIES):
+            _refuse_bad_voxels(image[channel], f"{case.files['4d'][0]} ({modality})")
+        reference = case.files["4d"][0]
+    else:
+        reference = case.files["t1"][0]
+        image, affine = None, None
+        for channel, modality in enumerate(MODALITIES):
+            path = case.files[modality][0]
+            voxels, its_affine = read_nifti(path)
+            if image is None:
+                if voxels.ndim != 3:
+                    raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
+                image, affine = np.empty((len(MODALITIES), *voxels.shape), np.float32), its_affine
+            _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
+            _refuse_bad_voxels(voxels, path)
+            image[channel] = voxels
+    label = None
+    if case.labelled:
+        path = case.files["seg"][0]
+        voxels, its_affine = read_nifti(path)
+        _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
+        label = voxels.astype(np.int16)
+        if not np.array_equal(label, voxels):
+            raise InputError(f"{path}: holds values that are not whole numbers, so it is not a segmentation.")
+    return Volumes(image, label, affine)
+
+
+def _refuse_missing_or_double(case: Case):
+    wanted = ("4d",) if case.layout == "msd" else MODALITIES
+    missing = [role for role in wanted if role not in case.files]
+    if missing:
+        folder = case.source_files[0].parent
+        raise InputError(
+            f"{folder}: case {case.name} has no {', '.join(missing)} file. All four modalities are needed."
+        )
+    for role, paths in case.files.items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise InputError(f"{paths[0].parent}: two files for {role}: {names}. Remove one of them.")
+
+
+def _refuse_other_grid(path, voxels, affine, reference, shape, reference_affine):
+    if voxels.shape != shape:
+        raise InputError(f"{path}: shape {voxels.shape} differs from {reference.name} {shape}. Register them first.")
+    if not np.allclose(affine, reference_affine, atol=1e-2):
+        raise InputError(f"{path}: its affine differs from that of {reference.name}. Register the files first.")
+
+
+def _refuse_bad_voxels(voxels: np.ndarray, path):
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise InputError(f"{path}: holds NaN or infinite voxels. Repair or leave out this case.")
+    if not voxels.any():
+        raise InputError(f"{path}: every voxel is zero. Repair or leave out this case.")
+
+
+def to_training_labels(label: np.ndarray, scheme: str, path="the segmentation") -> np.ndarray:
+    """Raw label values [...] of one scheme -> training labels uint8 [...]; an unknown value is refused."""
+    mapping = LABEL_SCHEMES[scheme]
+    values = np.flatnonzero(np.bincount(label.ravel())) if label.size and label.min() >= 0 else np.unique(label)
+    unknown = [int(value) for value in values if value not in mapping]
+    if unknown:
+        fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
+        advice = f" If this data set uses another scheme, say --labels {' or '.join(fitting)}." if fitting else ""
+        raise InputError(f"{path}: label value {unknown[0]} is not one of {sorted(mapping)} ({scheme}).{advice}")
+    table = np.zeros(max(mapping) + 1, np.uint8)
+    for raw, training in mapping.items():
+        table[raw] = training
+    return table[label]
+
+
+def to_raw_labels(label: np.ndarray, scheme: str) -> np.ndarray:
+    """Training labels [...] -> the raw values of the data set, uint8 [...]."""
+    table = np.zeros(len(LABELS) + 1, np.uint8)
+    for raw, training in LABEL_SCHEMES[scheme].items():
+        if training:
+            table[training] = raw
+    return table[label]
+
+
+def write_label_nifti(path: str | Path, label: np.ndarray, affine: np.ndarray):
+    """A label map [X, Y, Z] as a uint8 `.nii.gz` on the grid of `affine`; whole or not there at all."""
+    image = nibabel.Nifti1Image(label.astype(np.uint8), affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    write_atomically(path, igzip.compress(image.to_bytes(), compresslevel=2))
+
+
+def write_atomically(path: str | Path, data: bytes | str):
+    """Write to a temporary name beside `path` and rename: a file with its final name is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
