@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel
@@ -37,7 +38,12 @@ LABEL_SCHEMES = {
     "brats2024": {0: 0, 1: 1, 2: 2, 3: 3, 4: 0},  # the resection cavity is not tumour
     "msd": {0: 0, 1: 2, 2: 1, 3: 3},
 }
-LAYOUT_SCHEMES = {"brats2021": "brats2021", "brats2023": "brats2023", "msd": "msd"}
+# A layout is known by its file names; unless the user says otherwise, its labels follow the scheme of the same name.
+LAYOUTS = {
+    "brats2021": "BraTS 2017-2021 names (t1, t1ce, t2, flair)",
+    "brats2023": "BraTS 2023 names (t1n, t1c, t2w, t2f)",
+    "msd": "MSD Task01 (4-D files)",
+}
 
 ROLES = {
     "brats2021": {"t1": "t1", "t1ce": "t1ce", "t2": "t2", "flair": "flair", "seg": "seg"},
@@ -61,7 +67,7 @@ class Case:
     """One patient visit as found on disk. `files` may be incomplete: `read_case` is where that is refused."""
 
     name: str
-    layout: str  # a key of LAYOUT_SCHEMES
+    layout: str  # a key of LAYOUTS
     files: dict[str, tuple[Path, ...]]  # modality or "seg" -> files; MSD: "4d" in place of the modalities
     channels: tuple[str, ...] = ()  # MSD: what the 4-D file's channels are
 
@@ -98,17 +104,18 @@ def find_cases(root: str | Path) -> list[Case]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Give the folder that holds the BraTS case folders.")
-    cases = _find_msd(root) or _find_folders(root)
+    cases = _find_msd(root) + _find_folders(root)
     if not cases:
         raise InputError(
             f"{root}: no BraTS case found. Expected <case>/<case>_t1.nii.gz (BraTS 2017-2021), "
             "<case>/<case>-t1n.nii.gz (2023 on) or dataset.json with imagesTr/ (MSD Task01)."
         )
-    names = [case.name for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise InputError(f"{root}: case {twice[0]} is there in two folders. Keep one of them.")
-    return sorted(cases, key=lambda case: case.name)
+    cases.sort(key=lambda case: case.name)
+    for case, following in pairwise(cases):
+        if case.name == following.name:
+            folders = f"{case.source_files[0].parent} and {following.source_files[0].parent}"
+            raise InputError(f"case {case.name} is there twice, in {folders}. Keep one of them.")
+    return cases
 
 
 def _find_folders(root: Path) -> list[Case]:
@@ -158,19 +165,6 @@ def _find_msd(root: Path) -> list[Case]:
     return cases
 
 
-def label_scheme(cases: list[Case], override: str | None = None) -> str:
-    """The one label scheme of a data set, from its layout; `override` is the user's word. Mixed layouts are refused."""
-    if override is not None:
-        return override
-    schemes = {LAYOUT_SCHEMES[case.layout]: case.name for case in cases}
-    if len(schemes) > 1:
-        (first, a), (second, b) = list(schemes.items())[:2]
-        raise InputError(
-            f"cases of two label schemes in one folder: {a} ({first}) and {b} ({second}). Preprocess them separately."
-        )
-    return next(iter(schemes))
-
-
 # ---- reading and writing -------------------------------------------------------------------------------------------
 
 
@@ -182,7 +176,7 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
     try:
-        # ISA-L inflates about three times as fast as zlib, and checks the CRC: a truncated file cannot pass.
+        # igzip checks the CRC: a truncated or altered file cannot pass.
         data = igzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         image = nibabel.Nifti1Image.from_bytes(data)
         voxels = np.asanyarray(image.dataobj)
@@ -202,28 +196,7 @@ def _one_line(error: Exception) -> str:
 def read_case(case: Case) -> Volumes:
     """All four modalities and, where there is one, the segmentation; refused unless they fit together."""
     _refuse_missing_or_double(case)
-    if case.layout == "msd":
-        voxels, affine = read_nifti(case.files["4d"][0])
-        if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
-            raise InputError(f"{case.files['4d'][0]}: shape {voxels.shape}, expected [X, Y, Z, 4].")
-        # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
-        image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(np.float32)
-        for channel, modality in enumerate(MODALITIES):
-            _refuse_bad_voxels(image[channel], f"{case.files['4d'][0]} ({modality})")
-        reference = case.files["4d"][0]
-    else:
-        reference = case.files["t1"][0]
-        image, affine = None, None
-        for channel, modality in enumerate(MODALITIES):
-            path = case.files[modality][0]
-            voxels, its_affine = read_nifti(path)
-            if image is None:
-                if voxels.ndim != 3:
-                    raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
-                image, affine = np.empty((len(MODALITIES), *voxels.shape), np.float32), its_affine
-            _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
-            _refuse_bad_voxels(voxels, path)
-            image[channel] = voxels
+    image, affine, reference = _read_4d(case) if case.layout == "msd" else _read_modalities(case)
     label = None
     if case.labelled:
         path = case.files["seg"][0]
@@ -235,14 +208,40 @@ def read_case(case: Case) -> Volumes:
     return Volumes(image, label, affine)
 
 
+def _read_modalities(case: Case):
+    reference = case.files[MODALITIES[0]][0]
+    image, affine = None, None
+    for channel, modality in enumerate(MODALITIES):
+        path = case.files[modality][0]
+        voxels, its_affine = read_nifti(path)
+        if voxels.ndim != 3:
+            raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
+        if image is None:
+            image, affine = np.empty((len(MODALITIES), *voxels.shape), np.float32), its_affine
+        _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
+        _refuse_bad_voxels(voxels, path)
+        image[channel] = voxels
+    return image, affine, reference
+
+
+def _read_4d(case: Case):
+    path = case.files["4d"][0]
+    voxels, affine = read_nifti(path)
+    if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
+        raise InputError(f"{path}: shape {voxels.shape}, expected [X, Y, Z, {len(MODALITIES)}].")
+    # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
+    image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(np.float32)
+    for channel, modality in enumerate(MODALITIES):
+        _refuse_bad_voxels(image[channel], f"{path} ({modality})")
+    return image, affine, path
+
+
 def _refuse_missing_or_double(case: Case):
     wanted = ("4d",) if case.layout == "msd" else MODALITIES
     missing = [role for role in wanted if role not in case.files]
     if missing:
         folder = case.source_files[0].parent
-        raise InputError(
-            f"{folder}: case {case.name} has no {', '.join(missing)} file. All four modalities are needed."
-        )
+        raise InputError(f"{folder}: case {case.name} has no {', '.join(missing)} file. All four are needed.")
     for role, paths in case.files.items():
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)

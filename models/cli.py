@@ -4,6 +4,8 @@
 import argparse
 import os
 import sys
+import time
+from pathlib import Path
 
 
 def run(main):
@@ -26,6 +28,8 @@ def run(main):
 
 def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring followed by the flags with their defaults."""
+
+
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """Both at once: the docstring as it stands, and the defaults."""
 
@@ -46,6 +50,10 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
+def non_negative_float(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
 def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
@@ -58,3 +66,45 @@ def _number(text, kind, fits, wanted):
     if value is None or not fits(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+                        help="half-precision arithmetic; auto: bf16, else fp16, on CUDA, and off on a CPU")
+
+
+# ---- training flags ------------------------------------------------------------------------------------------------
+
+
+def add_training_arguments(parser: argparse.ArgumentParser):
+    """The flags that every training script has."""
+    data = parser.add_argument_group("data")
+    data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
+                      help="folder made by preprocess_brats.py")
+    data.add_argument("--fold", type=natural, help="train and validate on this cross-validation fold of splits.json")
+    data.add_argument("--cache", choices=("auto", "ram", "none"), default="auto",
+                      help="keep the cases in memory; auto: if they take less than half of what is free")
+    data.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1),
+                      help="processes that read the cases when they are not cached")
+    data.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
+    data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
+    data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
+    data.add_argument("--noise-sd", type=positive_float, default=0.1, help="of that noise; images go from 0 to 1")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
+    optimisation.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
+    optimisation.add_argument("--accumulate", type=positive_int, default=1,
+                              help="steps whose gradients make one update: a larger batch in the same memory")
+    optimisation.add_argument("--learning-rate", type=positive_float, default=1e-3, help="peak, after the warm-up")
+    optimisation.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
+    optimisation.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
+    optimisation.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")
+    optimisation.add_argument("--seed", type=natural, default=0, help="of the weights, the order and the augmentation")
+
+    runtime = parser.add_argument_group("runtime and output")
+    add_device_arguments(runtime)
+    runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+    runtime.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="folder below models/*/results/")
+    runtime.add_argument("--resume", action="store_true", help="go on with the run of this name after its last epoch")

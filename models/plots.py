@@ -4,7 +4,12 @@ Volumes come in RAS axes ([..., D, H, W]: index grows to the patient's right, to
 in radiological convention: the patient's right is on the left of the picture, anterior (or superior) is up.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
+
+from models.brats import LABEL_NAMES, LABELS, MODALITIES
 
 # Label colours are told apart by people who see red and green alike (Okabe & Ito): vermilion, sky blue, yellow.
 LABEL_COLORS = {1: (0.84, 0.37, 0.00), 2: (0.34, 0.71, 0.91), 3: (0.94, 0.89, 0.26)}
@@ -26,7 +31,7 @@ def intensity_window(volume: np.ndarray, low: float = 1.0, high: float = 99.5) -
     if foreground.size == 0:
         return 0.0, 1.0
     bottom, top = np.percentile(foreground[:: max(1, foreground.size // 200_000)], (low, high))
-    return float(min(bottom, 0.0) if bottom > 0 else bottom), float(max(top, bottom + 1e-6))
+    return float(bottom), float(max(top, bottom + 1e-6))
 
 
 def label_overlay(label: np.ndarray, opacity: float) -> np.ndarray:
@@ -42,3 +47,86 @@ def largest_tumour_slice(label: np.ndarray, plane: str = "axial") -> int:
     axis = PLANES[plane]
     areas = np.count_nonzero(label, axis=tuple(other for other in range(3) if other != axis))
     return int(areas.argmax()) if areas.any() else label.shape[axis] // 2
+
+
+# ---- saved figures -------------------------------------------------------------------------------------------------
+
+
+def training_plots(history: list[dict], path, title: str):
+    """Loss, and validation Dice per label, over the epochs: [loss | Dice], with the best epoch marked."""
+    figure, (left, right) = _subplots(1, 2, figsize=(12, 4.5))
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(history) < 30 else None
+    for key, color, name in (("train_loss", "#555555", "training"), ("validation_loss", "#0072B2", "validation")):
+        left.plot(epochs, [row[key] for row in history], color=color, marker=marker, ms=3, label=name)
+    left.set(xlabel="epoch", ylabel="Dice + cross-entropy loss", title="Loss")
+    best = max(history, key=lambda row: row["dice_mean"])
+    right.plot(epochs, [row["dice_mean"] for row in history], color="black", lw=2, label="mean of the labels")
+    for value, color in LABEL_COLORS.items():
+        name = LABELS[value]
+        right.plot(epochs, [row[f"dice_{name}"] for row in history], color=color, marker=marker, ms=3, label=name)
+    right.axvline(best["epoch"], color="#999999", ls=":")
+    right.set(xlabel="epoch", ylabel="validation Dice", ylim=(0, 1))
+    right.set_title(f"Dice, best mean {best['dice_mean']:.3f} in epoch {best['epoch']}")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[str, np.ndarray], path, title: str):
+    """The four modalities (columns) without overlay, with the truth and with each prediction (rows), on the axial
+    slice with most tumour.
+
+    Args:
+        image: [4, D, H, W] with RAS axes.
+        label: training labels [D, H, W], or None.
+        maps: row name -> predicted training labels [D, H, W].
+    """
+    rows = {"no overlay": None} | ({"truth": label} if label is not None else {}) | maps
+    shown = label if label is not None else next(iter(maps.values()))
+    index = largest_tumour_slice(shown)
+    figure, grid = _subplots(len(rows), 4, figsize=(12, 3 * len(rows) + 1), facecolor="black", squeeze=False)
+    for column, modality in enumerate(MODALITIES):
+        low, high = intensity_window(image[column])
+        for axes, (name, overlay) in zip(grid[:, column], rows.items(), strict=True):
+            axes.imshow(slice_view(image[column], "axial", index), cmap="gray", vmin=low, vmax=high)
+            if overlay is not None:
+                axes.imshow(label_overlay(slice_view(overlay, "axial", index), 0.55), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(False)
+            if axes in grid[0]:
+                axes.set_title(modality.upper(), color="white", fontsize=13)
+            if column == 0:
+                axes.set_ylabel(name, color="white", fontsize=13)
+    legend = [_patch(LABEL_COLORS[value], f"{LABELS[value]}, {LABEL_NAMES[LABELS[value]]}") for value in LABELS]
+    figure.legend(handles=legend, loc="lower center", ncols=3, facecolor="black", labelcolor="white", frameon=False)
+    figure.suptitle(f"{title}\naxial slice {index} of {image.shape[3]}; {CONVENTION}", color="white", fontsize=11)
+    _save(figure, path, rect=(0, 0.05, 1, 1))
+
+
+def _subplots(*args, **kwargs):
+    """Like pyplot.subplots, without its global state: needs no display and leaks no figure."""
+    from matplotlib.figure import Figure
+
+    rows, columns = args
+    squeeze = kwargs.pop("squeeze", True)
+    figure = Figure(**kwargs)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze)
+
+
+def _patch(color, label: str):
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=label)
+
+
+def _save(figure, path, rect=(0, 0, 1, 1)):
+    """Write beside `path` and rename, so that a reader never sees half a picture."""
+    path = Path(path)
+    figure.tight_layout(rect=rect)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
