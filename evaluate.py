@@ -184,7 +184,7 @@ def print_table(summary: dict, args):
 
 def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path, prefix: str):
     """overlay_best.png, overlay_median.png and overlay_worst.png by mean label Dice of network space."""
-    from models.brats import LABELS, TARGETS
+    from models.brats import TARGETS
     from models.dataset import load_case
     from models.metrics import mean_label_dice
     from models.plots import prediction_overlay
@@ -197,7 +197,7 @@ def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path,
     for role, name in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         case = load_case(data / f"{name}.pt")
         scores = ", ".join(f"{target} {dice[name][target]:.3f}" for target in TARGETS)
-        title = f"{run}: {role} of {len(ranked)} cases by mean Dice of {', '.join(LABELS.values())}: {name}\nDice {scores}"
+        title = f"{run}: {role} of {len(ranked)} cases by mean label Dice: {name}\nDice {scores}"
         path = out / f"{prefix}overlay_{role}.png"
         prediction_overlay(case["image"].numpy(), case["label"][0].numpy(), {"prediction": maps[name]}, path, title)
 

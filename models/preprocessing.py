@@ -45,7 +45,7 @@ def to_network(
     resampled_shape = [max(1, round(n / step)) for n, step in zip(image.shape[1:], steps, strict=True)]
     geometry["resampled_shape"] = resampled_shape
     onto_resampled = [_positions(n, step) for n, step in zip(resampled_shape, steps, strict=True)]
-    image = _sample(image, onto_resampled, "linear")
+    image = np.asarray(_sample(image, onto_resampled, "linear"))
 
     box = foreground_box(image)
     geometry["crop_box"] = [list(side) for side in box]

@@ -1,0 +1,305 @@
+"""Synthetic BraTS cases, so that everything runs with no download.
+
+  python -m models.phantom demo/raw --cases 24 --seed 0 --layout brats2021
+
+A head is drawn in millimetres from smooth random fields: cortex folded along the zero surfaces of one field,
+ventricles and deep grey matter as warped ellipsoids, gliomas with oedema that follows the white matter. The same seed
+and index give the same case, whatever the number of cases.
+"""
+
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+SHAPE, CENTER_MM = (240, 240, 155), (120.0, 112.0, 70.0)  # BraTS's grid; where the middle of the brain is in RAS mm
+LAYOUTS = {  # layout -> case name, file name, raw value of each training label
+    "brats2021": ("BraTS2021_{:05d}", "{case}/{case}_{role}.nii.gz", (0, 1, 2, 4)),
+    "brats2020": ("BraTS20_Training_{:03d}", "{case}/{case}_{role}.nii", (0, 1, 2, 4)),
+    "brats2023": ("BraTS-GLI-{:05d}-000", "{case}/{case}-{role}.nii.gz", (0, 1, 2, 3)),
+    "msd": ("BRATS_{:03d}", "", (0, 2, 1, 3)),
+}
+ROLES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "seg": "seg"}
+MSD_CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
+
+# Signal of each tissue relative to white matter.
+SIGNAL = {
+    "t1": {"white": 1.0, "grey": 0.76, "csf": 0.34, "oedema": 0.74, "rim": 0.70, "necrosis": 0.46, "vessel": 0.9},
+    "t1ce": {"white": 1.0, "grey": 0.80, "csf": 0.36, "oedema": 0.76, "rim": 1.75, "necrosis": 0.48, "vessel": 1.8},
+    "t2": {"white": 0.62, "grey": 0.86, "csf": 1.75, "oedema": 1.30, "rim": 1.05, "necrosis": 1.55, "vessel": 0.6},
+    "flair": {"white": 0.78, "grey": 1.0, "csf": 0.34, "oedema": 1.65, "rim": 1.35, "necrosis": 0.95, "vessel": 0.6},
+}
+
+# center and half axes in mm (right, anterior, superior of the middle of the brain); "side" ones come left and right
+DEEP_GREY = (((12, -14, 4), (9, 15, 9)), ((14, 20, 10), (5, 13, 8)), ((25, 6, 2), (6, 17, 10)))
+VENTRICLES = (((8, 26, 12), (4, 15, 7)), ((9, 0, 18), (5, 24, 5)), ((19, -36, 8), (6, 17, 8)), ((31, -14, -14), (3, 16, 4)))
+MIDLINE_VENTRICLES = (((0, -6, 0), (2, 13, 9)), ((0, -40, -32), (5, 5, 8)))
+
+
+def make_case(seed: int, index: int, spacing_mm: float = 1.0):
+    """One case: {modality: int16 [X, Y, Z]}, training labels uint8 [X, Y, Z], and the LPS affine [4, 4] in mm.
+
+    At 1 mm the grid is BraTS's 240x240x155; another `spacing_mm` shows the same head on a coarser or finer one.
+    """
+    rng = np.random.default_rng([seed, index])
+    shape = tuple(round(n / spacing_mm) for n in SHAPE)
+    axes = [(np.arange(n, dtype=np.float32) + 0.5) * spacing_mm - c for n, c in zip(shape, CENTER_MM, strict=True)]
+    box = tuple(
+        slice(*np.searchsorted(axis, limits)) for axis, limits in zip(axes, ((-78, 78), (-94, 94), (-70, 74)), strict=True)
+    )
+    axes = [axis[side] for axis, side in zip(axes, box, strict=True)]  # only the head is computed
+    tumours = draw_tumours(rng, enhancing=index % 8 != 7)
+    position = push_aside(np.meshgrid(*axes, indexing="ij", copy=False), tumours)  # three of [D, H, W]
+    tissue = draw_anatomy(rng, axes, position)
+    label, tumour = grow_tumours(rng, axes, tumours, tissue)
+    volumes = {}
+    grain = _grain(rng, label.shape)
+    vessels = _ramp(_noise(rng, axes, 9) - 2.1, 0.15) * tissue["csf"] * tissue["brain"]
+    for modality, signal in SIGNAL.items():
+        scale = float(np.exp(rng.uniform(np.log(220), np.log(3200))))
+        picture = render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain)
+        volume = np.zeros(shape, np.int16)
+        volume[box] = picture
+        volumes[modality] = np.ascontiguousarray(volume[::-1, ::-1])  # RAS -> LPS
+    segmentation = np.zeros(shape, np.uint8)
+    segmentation[box] = label
+    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
+    affine[1, 3] = (shape[1] - 1) * spacing_mm
+    return volumes, np.ascontiguousarray(segmentation[::-1, ::-1]), affine
+
+
+# ---- anatomy -------------------------------------------------------------------------------------------------------
+
+
+def draw_anatomy(rng, axes, position) -> dict[str, np.ndarray]:
+    """Fractions float32 [D, H, W] of white and grey matter and CSF, and the brain mask (0 or 1)."""
+    x, y, z = position
+    wobble = _noise(rng, axes, 45)
+    side = np.abs(x)
+    narrowing = 1 - 0.10 * np.clip(y / 84, 0, 1) ** 2 + 0.02 * np.clip(-y / 84, 0, 1)  # the forehead is narrower
+    cerebrum = _ellipsoid(side / narrowing, y, z, (0, 0, 8), (66, 83, 60), power=2.3)
+    temporal = _ellipsoid(side, y, z, (41, 8, -30), (25, 42, 22))
+    floor = -24 - z - 0.20 * np.abs(y - 10)  # below the frontal lobes there is no brain
+    cerebrum = np.minimum(np.maximum(cerebrum, floor), temporal)
+    cerebellum = _ellipsoid(side, y, z, (18, -52, -38), (32, 28, 22))
+    stem = np.maximum(np.hypot(x / 1.1, y + 20 - 0.12 * (z + 40)) - 12, z + 8)
+    outside = np.minimum(np.minimum(cerebrum, cerebellum), stem) + 1.2 * wobble  # mm, negative in the brain
+    depth = np.maximum(-outside, 0)
+
+    folds = _noise(rng, axes, 22) + 0.55 * _noise(rng, axes, 12)
+    sulcus = np.abs(folds) * 5.0 + np.maximum(depth - 9 - 4 * wobble, 0) * 0.8  # mm from the middle of the next sulcus
+    callosum = _ellipsoid(x, y, z, (0, 0, 14), (30, 36, 13))
+    midline = np.abs(x + 0.8 * wobble) + np.maximum(0, 3 - callosum) * 2 + np.maximum(-4 - z, 0)
+    cortex = np.minimum(np.minimum(depth, sulcus), midline)  # mm from the nearest pial surface
+    folia = np.abs(np.sin((z + 0.35 * y + 2 * folds) * (np.pi / 5))) * 2.4 + np.maximum(depth - 9, 0) * 0.6
+    in_cerebellum = _ramp(cerebrum - cerebellum, 1.5)
+    cortex += in_cerebellum * (np.minimum(depth, folia + 0.9) - cortex)
+    in_stem = _ramp(np.minimum(cerebrum, cerebellum) - stem, 1.5)
+    cortex += in_stem * (6 - cortex) * (depth > 1)
+
+    width = 0.8 + 0.35 * wobble
+    csf = 1 - _ramp(cortex - width, 0.6)
+    white = _ramp(cortex - width - 3.1, 0.7)
+    deep = np.minimum.reduce([_ellipsoid(side, y, z, *shape) for shape in DEEP_GREY]) + 1.0 * folds
+    white *= _ramp(deep, 0.8)
+    swelling = rng.uniform(-1.0, 2.0)
+    ventricle = np.minimum.reduce(
+        [_ellipsoid(side, y, z, *shape) for shape in VENTRICLES] + [_ellipsoid(x, y, z, *s) for s in MIDLINE_VENTRICLES]
+    )
+    inside = 1 - _ramp(ventricle - swelling + 0.7 * wobble, 0.6)
+    csf = np.maximum(csf, inside)
+    white = white * (1 - inside)
+    brain = (outside < -0.3).astype(np.float32)
+    return {"white": white, "grey": np.clip(1 - white - csf, 0, 1), "csf": csf, "brain": brain, "ventricle": inside}
+
+
+def _ellipsoid(x, y, z, center, half_axes, power=2.0):
+    """About the distance in mm from an ellipsoid's surface, negative inside."""
+    total = 0
+    for coordinate, middle, half in zip((x, y, z), center, half_axes, strict=True):
+        scaled = np.abs(coordinate - middle) / half
+        total = total + (np.square(scaled) if power == 2.0 else scaled**power)
+    return (total ** (1 / power) - 1) * float(min(half_axes))
+
+
+# ---- tumours -------------------------------------------------------------------------------------------------------
+
+
+def draw_tumours(rng, enhancing: bool) -> list[dict]:
+    """Where one to three gliomas are and how large: lengths in mm."""
+    tumours = []
+    hemisphere = rng.choice([-1, 1])
+    for number in range(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])):
+        core = rng.uniform(11, 21) if number == 0 else rng.uniform(5, 9)
+        center = np.array([hemisphere * rng.uniform(22, 38), rng.uniform(-48, 40), rng.uniform(-8, 36)])
+        tumours.append({"center": center, "core": core, "oedema": core + rng.uniform(5, 13),
+                        "rim": rng.uniform(2.5, 5.0) if enhancing else 0.0})  # fmt: skip
+    return tumours
+
+
+def push_aside(position, tumours: list[dict]) -> list[np.ndarray]:
+    """Mass effect: where each voxel [D, H, W] was in mm before the tumours grew."""
+    position = [np.array(p, np.float32) for p in position]
+    for tumour in tumours:
+        offset = [p - np.float32(c) for p, c in zip(position, tumour["center"], strict=True)]
+        distance2 = sum(np.square(o) for o in offset)
+        pushed = 0.35 * np.exp(distance2 * np.float32(-1 / (1.5 * tumour["core"]) ** 2))
+        position = [p - o * pushed for p, o in zip(position, offset, strict=True)]
+    return position
+
+
+def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Training labels uint8 [D, H, W] and soft fractions of oedema, rim and necrosis."""
+    shape = tissue["white"].shape
+    soft = {name: np.zeros(shape, np.float32) for name in ("oedema", "rim", "necrosis")}
+    coarse, fine = _noise(rng, axes, 34), _noise(rng, axes, 13)
+    room = tissue["brain"] * (1 - tissue["ventricle"])
+    for tumour in tumours:
+        x, y, z = (axis - np.float32(c) for axis, c in zip(axes, tumour["center"], strict=True))
+        distance = np.sqrt(np.square(x)[:, None, None] + np.square(y)[:, None] + np.square(z))
+        distance *= 1 + 0.16 * coarse
+        core = distance + 0.9 * fine - tumour["core"]
+        # oedema runs along the white matter and stops at the cortex
+        swollen = distance + 4.0 * coarse + 1.5 * fine - tumour["oedema"] + 9 * (0.75 - tissue["white"])
+        rim = np.maximum(tumour["rim"] + 1.6 * fine, 0.9) if tumour["rim"] else 0
+        soft["oedema"] = np.maximum(soft["oedema"], (1 - _ramp(np.minimum(swollen, core), 0.9)) * room)
+        soft["rim"] = np.maximum(soft["rim"], (1 - _ramp(core, 0.8)) * room)
+        soft["necrosis"] = np.maximum(soft["necrosis"], (1 - _ramp(core + rim, 0.8)) * room)
+    label = np.zeros(shape, np.uint8)
+    label[soft["oedema"] > 0.5] = 2
+    label[soft["rim"] > 0.5] = 3
+    label[soft["necrosis"] > 0.5] = 1
+    return label, soft
+
+
+# ---- intensities ---------------------------------------------------------------------------------------------------
+
+
+def render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain) -> np.ndarray:
+    """One modality as int16 [D, H, W]: tissue signal, bias field, Rician noise, stripped outside the brain."""
+    picture = sum(signal[name] * tissue[name] for name in ("white", "grey", "csf"))
+    picture += vessels * (signal["vessel"] - picture)
+    texture = 1 + 0.10 * _noise(rng, axes, 7)
+    for name in ("oedema", "rim", "necrosis"):  # from the outside in
+        picture += tumour[name] * (signal[name] * texture - picture)
+    picture *= np.exp(0.10 * _noise(rng, axes, 90))
+    sd = rng.uniform(0.02, 0.035)
+    real, imaginary = (np.roll(grain, int(shift), axis=0) for shift in rng.integers(10, 90, 2))
+    picture = np.hypot(picture + sd * real, sd * imaginary) * tissue["brain"] * np.float32(scale)
+    picture = np.clip(np.rint(picture), -32768, 32767).astype(np.int16)
+    # Interpolation after stripping undershoots here and there along the border.
+    edge = np.flatnonzero((tissue["brain"] == 0) & (np.roll(tissue["brain"], 1, axis=2) == 1))
+    picture.ravel()[rng.choice(edge, 40, replace=False)] = -rng.integers(1, max(2, scale // 40), 40)
+    return picture
+
+
+def _grain(rng, shape) -> np.ndarray:
+    """Unit noise [D, H, W] that is a little smooth, as every resampled scan's is."""
+    grain = rng.standard_normal(shape, dtype=np.float32)
+    for axis in range(3):
+        grain = 0.8 * grain + 0.6 * np.roll(grain, 1, axis)
+    return grain
+
+
+def _noise(rng, axes, wavelength_mm: float) -> np.ndarray:
+    """A smooth random field of about unit variance on the grid of three axes in mm: [D, H, W] from cubic B-splines.
+
+    Drawn on knots that are fixed in the head, so that a head is the same at every spacing.
+    """
+    knot_mm, reach_mm = wavelength_mm / 2, 100.0
+    count = int(np.ceil(2 * reach_mm / knot_mm)) + 4
+    field = rng.standard_normal((count, count, count), dtype=np.float32)
+    for axis in axes[::-1]:
+        t = (axis + reach_mm) / knot_mm
+        first = np.floor(t).astype(int)
+        u = t - first
+        weights = np.zeros((len(axis), count), np.float32)
+        rows = np.arange(len(axis))
+        for offset, weight in enumerate(((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)):
+            weights[rows, first + offset] = weight / 6
+        # the last axis becomes the first: after three turns the order is D, H, W again
+        field = np.tensordot(weights, field, axes=(1, field.ndim - 1))
+    return field * np.float32(3.0)  # the spline's weights shrink the variance of three axes by 9
+
+
+def _ramp(value, half_width):
+    """0 below -half_width, 1 above, linear between."""
+    return np.clip(value * np.float32(0.5 / half_width) + np.float32(0.5), 0, 1)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_case(out: Path, layout: str, seed: int, index: int, spacing_mm: float = 1.0) -> str:
+    """Write case `index` in a layout's names and label values; returns the case's name."""
+    name, pattern, raw_labels = LAYOUTS[layout]
+    case = name.format(index + (1 if layout in ("brats2020", "msd") else 0))
+    volumes, segmentation, affine = make_case(seed, index, spacing_mm)
+    segmentation = np.array(raw_labels, np.uint8)[segmentation]
+    if layout == "msd":
+        _write(out / f"imagesTr/{case}.nii.gz", np.stack([volumes[m] for m in MSD_CHANNELS], axis=-1), affine)
+        _write(out / f"labelsTr/{case}.nii.gz", segmentation, affine)
+        return case
+    for modality, voxels in {**volumes, "seg": segmentation}.items():
+        role = ROLES_2023[modality] if layout == "brats2023" else modality
+        _write(out / pattern.format(case=case, role=role), voxels, affine)
+    return case
+
+
+def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
+    import nibabel
+    from isal import igzip
+
+    from models.brats import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = nibabel.Nifti1Image(voxels, affine).to_bytes()
+    # a fixed time stamp: the same seed gives the same bytes
+    write_atomically(path, igzip.compress(data, compresslevel=2, mtime=0) if path.suffix == ".gz" else data)
+
+
+def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | None = None):
+    """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
+    from tqdm import tqdm
+
+    out.mkdir(parents=True, exist_ok=True)
+    workers = min(cases, workers or os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        futures = [pool.submit(write_case, out, layout, seed, index) for index in range(cases)]
+        names = [future.result() for future in tqdm(futures, unit="case")]
+    if layout == "msd":
+        training = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
+        description = {
+            "name": "BRATS",
+            "modality": {str(i): channel for i, channel in enumerate(MSD_CHANNELS.values())},
+            "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+            "numTraining": cases,
+            "training": training,
+            "test": [],
+        }
+        (out / "dataset.json").write_text(json.dumps(description, indent=1))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.phantom", description="Write synthetic BraTS cases.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
+    parser.add_argument("--cases", type=int, default=24, help="how many (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="brats2021", help="names and labels (default: brats2021)")
+    args = parser.parse_args()
+    if args.cases < 1 or args.seed < 0:
+        parser.error("--cases must be 1 or more and --seed 0 or more")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"{args.out} is a file: name a folder")
+    write_cases(args.out, args.cases, args.seed, args.layout)
+    print(f"Wrote {args.cases} synthetic cases ({args.layout}) to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Small BraTS-like cases on disk, and a way to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LPS = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]], float)  # as BraTS 2018-2021 has it
+NAMES = {
+    "brats2021": "{case}/{case}_{role}.nii.gz",
+    "brats2020": "{case}/{case}_{role}.nii",
+    "brats2023": "{case}/{case}-{role}.nii.gz",
+}
+ROLES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "seg": "seg"}
+
+
+def make_head(seed: int = 0, shape=(44, 48, 40)):
+    """A noisy ellipsoid with a three-layered tumour that each modality shows in its own way: volumes int16 by modality
+    and training labels uint8."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))  # [3, X, Y, Z]
+    center = np.array(shape)[:, None, None, None] / 2
+    brain = (((grid - center) / (0.42 * center * 2)) ** 2).sum(0) < 1
+    tumour = center + rng.uniform(-4, 4, (3, 1, 1, 1))
+    distance = np.sqrt(((grid - tumour) ** 2).sum(0))
+    label = np.select([distance < 4, distance < 6, distance < 10], [1, 3, 2], 0).astype(np.uint8) * brain
+    levels = {"t1": (500, 300, 400, 480), "t1ce": (600, 300, 500, 1500), "t2": (400, 900, 800, 600),
+              "flair": (300, 500, 900, 600)}  # fmt: skip
+    volumes = {}
+    for modality, values in levels.items():
+        volume = np.array(values)[label] + rng.normal(0, 20, shape)
+        volumes[modality] = (volume * brain).astype(np.int16)
+    return volumes, label
+
+
+def write_raw_case(folder: Path, case="BraTS2021_00000", layout="brats2021", seed=0, affine=LPS, shape=(44, 48, 40)):
+    """Write one case in the layout's names and labels; returns its folder, its volumes and its training labels."""
+    volumes, label = make_head(seed, shape)
+    raw_label = label if layout == "brats2023" else np.where(label == 3, 4, label).astype(np.uint8)
+    for modality, voxels in {**volumes, "seg": raw_label}.items():
+        role = ROLES_2023[modality] if layout == "brats2023" else modality
+        path = folder / NAMES[layout].format(case=case, role=role)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    return folder / case, volumes, label
+
+
+def run_script(script: str, *arguments, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
+    """Run a script from the folder `cwd` and check its exit status; never a traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    """Twelve labelled cases of BraTS 2021 names."""
+    folder = tmp_path_factory.mktemp("raw")
+    for index in range(12):
+        write_raw_case(folder, f"BraTS2021_{index:05d}", seed=index)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tensors(raw, tmp_path_factory) -> Path:
+    """The twelve cases preprocessed to 32^3 by the script."""
+    out = tmp_path_factory.mktemp("preprocessed") / "tensors"
+    run_script("preprocess_brats.py", raw, out, "--size", 32, "--workers", 2, cwd=out.parent)
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_cases() -> Path:
+    """A folder of real labelled cases, where the environment names one."""
+    folder = os.environ.get("BRATS_REAL_CASES")
+    if not folder:
+        pytest.skip("BRATS_REAL_CASES names no folder of real cases")
+    return Path(folder)

@@ -1,0 +1,119 @@
+"""The .pt file, splits and the order of cases."""
+
+import json
+from itertools import chain
+
+import pytest
+import torch
+from conftest import run_script, write_raw_case
+
+from models.brats import InputError
+from models.dataset import Cases, batches, epoch_order, load_case, make_splits, read_split
+
+
+def test_a_preprocessed_case_keeps_the_contract(tensors):
+    case = torch.load(next(tensors.glob("*.pt")), weights_only=True)
+    assert set(case) == {"image", "label", "case", "modalities", "label_scheme", "geometry", "normalization"}
+    assert case["image"].dtype == torch.float32 and case["image"].shape == (4, 32, 32, 32)
+    assert case["label"].dtype == torch.int64 and case["label"].shape == (1, 32, 32, 32)
+    assert set(case["label"].unique().tolist()) == {0, 1, 2, 3}
+    assert case["modalities"] == ["t1", "t1ce", "t2", "flair"] and case["label_scheme"] == "brats2021"
+    json.dumps([case["geometry"], case["normalization"]])  # plain numbers and lists
+
+
+def test_compact_files_are_smaller_and_load_as_float32_and_int64(raw, tensors, tmp_path):
+    run_script("preprocess_brats.py", raw, "out", "--size", 32, "--compact", "--limit", 1, cwd=tmp_path)
+    path = tmp_path / "out/BraTS2021_00000.pt"
+    small, full = load_case(path), load_case(tensors / path.name)
+    assert small["image"].dtype == torch.float32 and small["label"].dtype == torch.int64
+    assert torch.allclose(small["image"], full["image"], atol=1e-3) and torch.equal(small["label"], full["label"])
+    assert path.stat().st_size < 0.45 * (tensors / path.name).stat().st_size
+
+
+def spoiled(tmp_path, tensors, **changes):
+    case = torch.load(tensors / "BraTS2021_00000.pt", weights_only=True) | changes
+    torch.save({key: value for key, value in case.items() if value is not None}, tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+def test_files_of_another_format_are_refused(tmp_path, tensors):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    bad = {
+        tmp_path / "none.pt": "no such file",
+        tmp_path / "text.pt": "damaged",
+        tmp_path / "list.pt": "not a preprocessed case",
+        spoiled(tmp_path, tensors, geometry=None): "no 'geometry'",
+    }
+    for path, reason in bad.items():
+        with pytest.raises(InputError, match=reason):
+            load_case(path)
+    with pytest.raises(InputError, match="channels"):
+        load_case(spoiled(tmp_path, tensors, modalities=["flair", "t1ce", "t1", "t2"]))
+    with pytest.raises(InputError, match=r"not \[4, D, H, W\]"):
+        load_case(spoiled(tmp_path, tensors, image=torch.zeros(3, 32, 32, 32)))
+
+
+def test_splits_go_by_patient_and_cover_every_case():
+    patients = {f"case{i}-{visit}": f"case{i}" for i in range(50) for visit in range(1 + i % 2)}
+    splits = make_splits(patients, seed=0, folds=5)
+    parts = [splits["train"], splits["validation"], splits["test"]]
+    assert sorted(chain(*parts)) == sorted(patients)
+    of = [{patients[case] for case in part} for part in parts]
+    assert not (of[0] & of[1] or of[0] & of[2] or of[1] & of[2])
+    assert [len(part) for part in of] == [40, 5, 5]
+
+
+def test_folds_partition_train_and_validation_and_never_touch_the_test_cases():
+    patients = {f"c{i}": f"c{i}" for i in range(30)}
+    splits = make_splits(patients, seed=3, folds=5)
+    validations = [set(fold["validation"]) for fold in splits["folds"]]
+    assert set.union(*validations) == set(patients) - set(splits["test"])
+    assert sum(map(len, validations)) == 27
+    for fold in splits["folds"]:
+        assert not set(fold["train"]) & (set(fold["validation"]) | set(splits["test"]))
+
+
+def test_the_seed_decides_the_split():
+    patients = {f"c{i}": f"c{i}" for i in range(30)}
+    assert make_splits(patients, 1, 5) == make_splits(dict(reversed(patients.items())), 1, 5)
+    assert make_splits(patients, 1, 5)["test"] != make_splits(patients, 2, 5)["test"]
+
+
+def test_too_few_patients_to_split():
+    with pytest.raises(InputError, match="too few"):
+        make_splits({"a-1": "a", "a-2": "a", "b-1": "b"}, 0, 5)
+    assert [len(make_splits(dict(zip("abc", "abc", strict=True)), 0, 5)[k]) for k in ("train", "test")] == [1, 1]
+
+
+def test_a_fold_that_does_not_exist_is_refused(tensors):
+    assert read_split(tensors, 0)["test"] == read_split(tensors)["test"]
+    with pytest.raises(InputError, match="folds 0 to 4"):
+        read_split(tensors, 9)
+
+
+def test_two_visits_of_a_patient_stay_together_through_the_script(tmp_path):
+    for patient in range(4):
+        for visit in range(2):
+            name = f"BraTS-GLI-{patient:05d}-{visit:03d}"
+            write_raw_case(tmp_path / "raw", name, "brats2023", seed=patient, shape=(24, 24, 24))
+    run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path)
+    splits = read_split(tmp_path / "out")
+    assert all(len(part) % 2 == 0 for part in splits.values())
+
+
+def test_every_process_trains_on_its_share_and_as_often_as_the_others():
+    shares = [epoch_order(10, seed=0, epoch=3, rank=rank, world_size=4) for rank in range(4)]
+    assert {len(share) for share in shares} == {3}
+    assert set(chain(*shares)) == set(range(10))
+    assert epoch_order(10, 0, 3) != epoch_order(10, 0, 4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_batches_hold_float32_and_int64_in_the_given_order(tensors, cached):
+    names = read_split(tensors)["train"][:3]
+    cases = Cases(tensors, names, cached)
+    got = list(batches(cases, [2, 0, 1], 2, torch.device("cpu"), workers=0))
+    assert [len(image) for image, _, _ in got] == [2, 1]
+    expected = load_case(tensors / f"{names[2]}.pt")
+    assert torch.equal(got[0][0][0], expected["image"]) and torch.equal(got[0][1][0], expected["label"])

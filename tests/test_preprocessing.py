@@ -1,0 +1,165 @@
+"""The way to network space and back."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import LPS, make_head
+
+from models.brats import TARGETS, InputError, find_cases, read_case, to_training_labels
+from models.preprocessing import (
+    foreground_box,
+    network_spacing_mm,
+    normalise,
+    spacing_of,
+    to_native,
+    to_network,
+    to_ras,
+)
+
+ORIENTATIONS = ["RAS", "LPS", "PIR", "SAL", "ILA"]
+
+
+def head(seed=0):
+    volumes, label = make_head(seed)
+    return np.stack([volumes[m] for m in ("t1", "t1ce", "t2", "flair")]).astype(np.float32), label
+
+
+def affine_of(codes: str, spacing=(1, 1, 1)) -> np.ndarray:
+    """An affine whose axes run as `codes` say, spacing in the order of the array axes."""
+    orientation = nibabel.orientations.axcodes2ornt(codes)
+    affine = np.zeros((4, 4))
+    for axis, (ras, sign) in enumerate(orientation):
+        affine[int(ras), axis] = sign * spacing[axis]
+    affine[:, 3] = (11, -7, 5, 1)
+    return affine
+
+
+def dice(a, b):
+    return 2 * np.logical_and(a, b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_reorientation_is_what_nibabel_does(codes):
+    image, _ = head()
+    affine = affine_of(codes, (1, 2, 3))
+    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(image[0], affine))
+    assert np.array_equal(to_ras(image, affine)[0], canonical.get_fdata(dtype=np.float32))
+    assert spacing_of(affine) == pytest.approx(canonical.header.get_zooms())
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_with_the_crop_alone_a_label_map_comes_back_exactly(codes):
+    image, label = head()
+    result = to_network(image, label, affine_of(codes), size=None)
+    back = to_native(result["label"][0], result["geometry"])
+    assert np.array_equal(back.numpy(), label)
+
+
+def test_the_right_spacing_costs_no_copy_and_no_change():
+    image, label = head()
+    result = to_network(image, label, np.eye(4), size=None)
+    box = tuple(slice(low, high) for low, high in foreground_box(image))
+    assert torch.equal(result["label"][0], torch.from_numpy(label[box]).long())
+    expected, _ = normalise(image[(slice(None), *box)])
+    assert np.array_equal(result["image"].numpy(), expected)
+
+
+def test_resizing_is_torch_interpolate_about_voxel_edges():
+    image, label = head()
+    result = to_network(image, label, np.eye(4), size=32)
+    crop = to_network(image, label, np.eye(4), size=None)
+    linear = torch.nn.functional.interpolate(crop["image"][None], size=(32, 32, 32), mode="trilinear")[0]
+    nearest = torch.nn.functional.interpolate(crop["label"][None].float(), size=(32, 32, 32), mode="nearest-exact")[0]
+    assert torch.allclose(result["image"], linear, atol=1e-6)
+    assert torch.equal(result["label"], nearest.long())
+
+
+def test_resampling_to_1_mm_keeps_every_point_where_it_is():
+    """A linear ramp stays the same ramp in mm: an error of half a voxel would show as an offset."""
+    x, y, z = np.meshgrid(np.arange(30), np.arange(20), np.arange(12), indexing="ij")
+    ramp = (100 + 1.0 * x * 0.8 + 2.0 * y * 1.0 + 3.0 * z * 2.5).astype(np.float32)
+    affine = np.diag([0.8, 1.0, 2.5, 1.0])
+    result = to_network(np.stack([ramp] * 4), None, affine, size=None)
+    assert result["geometry"]["resampled_shape"] == [24, 20, 30]
+    low, high = result["normalization"]["t1"]
+    inner = result["image"][0, 4:-4, 4:-4, 4:-4].numpy() * (high - low) + low
+    # centre of voxel j on the 1 mm grid: (j + 0.5) mm from the edge of the first voxel
+    px, py, pz = (np.arange(n)[4:-4] for n in (24, 20, 30))
+    expected = 100 + 1.0 * (px[:, None, None] + 0.1) + 2.0 * py[None, :, None] + 3.0 * (pz[None, None] - 0.75)
+    clipped = expected.clip(low, high)
+    assert np.abs(inner - clipped).max() < 0.05
+
+
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.9, 0.9, 3.0), (1.0, 1.0, 2.0)])
+def test_a_thick_sliced_case_comes_back_where_it_was(spacing):
+    image, label = head()
+    result = to_network(image, label, affine_of("LPS", spacing), size=96)
+    back = to_native(result["label"][0], result["geometry"]).numpy()
+    assert dice(back > 0, label > 0) > 0.97
+    for a, b in zip(np.argwhere(back).mean(0), np.argwhere(label).mean(0), strict=True):
+        assert a == pytest.approx(b, abs=0.3)  # nearest sampling moves a border by a voxel, a wrong offset the whole
+
+
+def test_probabilities_come_back_linearly_and_zero_outside_the_crop():
+    image, label = head()
+    result = to_network(image, label, LPS, size=48)
+    onehot = torch.nn.functional.one_hot(result["label"][0], 4).permute(3, 0, 1, 2).float()  # [4, D, H, W]
+    native = to_native(onehot, result["geometry"])
+    assert native.shape == (4, *label.shape)
+    brain = (image != 0).any(0)
+    box = np.zeros_like(brain)
+    box[tuple(slice(*(np.flatnonzero(brain.any(axis=o))[[0, -1]] + [0, 1])) for o in ((1, 2), (0, 2), (0, 1)))] = True
+    assert np.allclose(native.sum(0).numpy()[box], 1, atol=1e-5) and not native.numpy()[:, ~box].any()
+    assert dice(native.argmax(0).numpy() > 0, label > 0) > 0.97
+
+
+def test_intensities_go_to_0_1_between_the_percentiles_of_the_foreground():
+    image, _ = head()
+    image[1, 20, 20, 20] = 15000  # a vessel
+    image[2, 3, 3, 3] = -7  # after skull stripping
+    scaled, normalization = normalise(image)
+    for channel, modality in enumerate(("t1", "t1ce", "t2", "flair")):
+        foreground = image[channel] != 0
+        low, high = np.percentile(image[channel][foreground], (0.5, 99.5))
+        assert normalization[modality] == pytest.approx([low, high])
+        expected = np.clip((image[channel] - low) / (high - low), 0, 1)
+        assert np.allclose(scaled[channel][foreground], expected[foreground], atol=1e-5)
+        assert not scaled[channel][~foreground].any()
+
+
+def test_the_foreground_holds_negative_voxels_too():
+    image = np.zeros((4, 10, 10, 10), np.float32)
+    image[0, 4:6, 4:6, 4:6] = 100
+    image[3, 2, 5, 8] = -3
+    assert foreground_box(image) == [(2, 6), (4, 6), (4, 9)]
+
+
+def test_the_size_of_a_network_voxel_in_mm():
+    image, label = head()
+    geometry = to_network(image, label, LPS, size=32)["geometry"]
+    lengths = [high - low for low, high in geometry["crop_box"]]
+    assert network_spacing_mm(geometry) == [length / 32 for length in lengths]
+
+
+def test_a_modality_without_contrast_is_refused():
+    with pytest.raises(InputError, match="one intensity"):
+        to_network(np.ones((4, 8, 8, 8), np.float32), None, np.eye(4))
+
+
+def test_a_map_of_another_size_is_refused():
+    image, label = head()
+    geometry = to_network(image, label, LPS, size=32)["geometry"]
+    with pytest.raises(InputError, match="does not fit"):
+        to_native(torch.zeros(16, 16, 16), geometry)
+
+
+def test_real_cases_keep_their_tumours_at_128(real_cases):
+    for case in find_cases(real_cases):
+        volumes = read_case(case)
+        label = to_training_labels(volumes.label, "brats2021")
+        result = to_network(volumes.image, label, volumes.affine, size=128)
+        back = to_native(result["label"][0], result["geometry"]).numpy()
+        assert dice(np.isin(back, TARGETS["WT"]), np.isin(label, TARGETS["WT"])) >= 0.96, case.name
+        assert dice(back == 3, label == 3) >= 0.88, case.name
+        assert result["image"].min() >= 0 and result["image"].max() <= 1
