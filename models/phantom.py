@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-SHAPE, CENTER_MM = (240, 240, 155), (120.0, 112.0, 70.0)  # BraTS's grid; where the middle of the brain is in RAS mm
+SHAPE = (240, 240, 155)  # BraTS's grid
+CENTER_MM = (120.0, 112.0, 70.0)  # where the middle of the brain is on it, along right, anterior, superior
+HEAD_MM = ((-78, 78), (-94, 94), (-70, 74))  # what is computed around that: everything else is background
 LAYOUTS = {  # layout -> case name, file name, raw value of each training label
     "brats2021": ("BraTS2021_{:05d}", "{case}/{case}_{role}.nii.gz", (0, 1, 2, 4)),
     "brats2020": ("BraTS20_Training_{:03d}", "{case}/{case}_{role}.nii", (0, 1, 2, 4)),
@@ -31,13 +33,18 @@ MSD_CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
 SIGNAL = {
     "t1": {"white": 1.0, "grey": 0.76, "csf": 0.34, "oedema": 0.74, "rim": 0.70, "necrosis": 0.46, "vessel": 0.9},
     "t1ce": {"white": 1.0, "grey": 0.80, "csf": 0.36, "oedema": 0.76, "rim": 1.75, "necrosis": 0.48, "vessel": 1.8},
-    "t2": {"white": 0.62, "grey": 0.86, "csf": 1.75, "oedema": 1.30, "rim": 1.05, "necrosis": 1.55, "vessel": 0.6},
+    "t2": {"white": 0.72, "grey": 0.98, "csf": 1.75, "oedema": 1.30, "rim": 1.05, "necrosis": 1.55, "vessel": 0.6},
     "flair": {"white": 0.78, "grey": 1.0, "csf": 0.34, "oedema": 1.65, "rim": 1.35, "necrosis": 0.95, "vessel": 0.6},
 }
 
 # center and half axes in mm (right, anterior, superior of the middle of the brain); "side" ones come left and right
 DEEP_GREY = (((12, -14, 4), (9, 15, 9)), ((14, 20, 10), (5, 13, 8)), ((25, 6, 2), (6, 17, 10)))
-VENTRICLES = (((8, 26, 12), (4, 15, 7)), ((9, 0, 18), (5, 24, 5)), ((19, -36, 8), (6, 17, 8)), ((31, -14, -14), (3, 16, 4)))
+VENTRICLES = (
+    ((8, 26, 12), (5, 15, 8)),
+    ((9, 0, 18), (6, 24, 6)),
+    ((19, -36, 8), (7, 17, 9)),
+    ((31, -14, -14), (4, 16, 5)),
+)
 MIDLINE_VENTRICLES = (((0, -6, 0), (2, 13, 9)), ((0, -40, -32), (5, 5, 8)))
 
 
@@ -49,10 +56,8 @@ def make_case(seed: int, index: int, spacing_mm: float = 1.0):
     rng = np.random.default_rng([seed, index])
     shape = tuple(round(n / spacing_mm) for n in SHAPE)
     axes = [(np.arange(n, dtype=np.float32) + 0.5) * spacing_mm - c for n, c in zip(shape, CENTER_MM, strict=True)]
-    box = tuple(
-        slice(*np.searchsorted(axis, limits)) for axis, limits in zip(axes, ((-78, 78), (-94, 94), (-70, 74)), strict=True)
-    )
-    axes = [axis[side] for axis, side in zip(axes, box, strict=True)]  # only the head is computed
+    box = tuple(slice(*np.searchsorted(axis, limits)) for axis, limits in zip(axes, HEAD_MM, strict=True))
+    axes = [axis[side] for axis, side in zip(axes, box, strict=True)]
     tumours = draw_tumours(rng, enhancing=index % 8 != 7)
     position = push_aside(np.meshgrid(*axes, indexing="ij", copy=False), tumours)  # three of [D, H, W]
     tissue = draw_anatomy(rng, axes, position)
@@ -91,11 +96,11 @@ def draw_anatomy(rng, axes, position) -> dict[str, np.ndarray]:
     outside = np.minimum(np.minimum(cerebrum, cerebellum), stem) + 1.2 * wobble  # mm, negative in the brain
     depth = np.maximum(-outside, 0)
 
-    folds = _noise(rng, axes, 22) + 0.55 * _noise(rng, axes, 12)
-    sulcus = np.abs(folds) * 5.0 + np.maximum(depth - 9 - 4 * wobble, 0) * 0.8  # mm from the middle of the next sulcus
+    folds = _noise(rng, axes, 19) + 0.5 * _noise(rng, axes, 10)
+    sulcus = np.abs(folds) * 4.6 + np.maximum(depth - 17 - 4 * wobble, 0) * 0.7  # mm from the middle of the next sulcus
     callosum = _ellipsoid(x, y, z, (0, 0, 14), (30, 36, 13))
-    midline = np.abs(x + 0.8 * wobble) + np.maximum(0, 3 - callosum) * 2 + np.maximum(-4 - z, 0)
-    cortex = np.minimum(np.minimum(depth, sulcus), midline)  # mm from the nearest pial surface
+    midline = 1.5 * np.abs(x + 0.8 * wobble) + np.maximum(0, 3 - callosum) * 2 + np.maximum(-4 - z, 0)
+    cortex = np.minimum(np.minimum(depth + 0.8, sulcus), midline)  # mm from the nearest pial surface
     folia = np.abs(np.sin((z + 0.35 * y + 2 * folds) * (np.pi / 5))) * 2.4 + np.maximum(depth - 9, 0) * 0.6
     in_cerebellum = _ramp(cerebrum - cerebellum, 1.5)
     cortex += in_cerebellum * (np.minimum(depth, folia + 0.9) - cortex)
@@ -220,7 +225,8 @@ def _noise(rng, axes, wavelength_mm: float) -> np.ndarray:
         u = t - first
         weights = np.zeros((len(axis), count), np.float32)
         rows = np.arange(len(axis))
-        for offset, weight in enumerate(((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)):
+        basis = ((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)
+        for offset, weight in enumerate(basis):
             weights[rows, first + offset] = weight / 6
         # the last axis becomes the first: after three turns the order is D, H, W again
         field = np.tensordot(weights, field, axes=(1, field.ndim - 1))

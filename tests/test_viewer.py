@@ -1,0 +1,157 @@
+"""The viewer, driven by matplotlib's own events without a display."""
+
+import os
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import LPS, ROOT, run_script, write_raw_case
+from matplotlib.backend_bases import KeyEvent, MouseEvent
+
+import view_interactive_4pane_brats as view
+
+
+@pytest.fixture
+def viewer(tmp_path):
+    write_raw_case(tmp_path, "C")
+    return view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+
+
+def key(viewer, name):
+    viewer.figure.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", viewer.figure.canvas, name))
+
+
+def scroll(viewer, button):
+    event = MouseEvent("scroll_event", viewer.figure.canvas, 10, 10, button, step=1)
+    viewer.figure.canvas.callbacks.process("scroll_event", event)
+
+
+def test_it_opens_on_the_slice_with_most_tumour(viewer):
+    areas = np.count_nonzero(viewer.scene.maps["truth"], axis=(0, 1))
+    assert viewer.index == areas.argmax()
+
+
+def test_wheel_and_keys_move_and_stop_at_the_ends(viewer):
+    start = viewer.index
+    scroll(viewer, "up")
+    key(viewer, "up")
+    scroll(viewer, "down")
+    assert viewer.index == start + 1
+    key(viewer, "pageup")
+    assert viewer.index == start + 11
+    key(viewer, "end")
+    scroll(viewer, "up")
+    assert viewer.index == 39
+    key(viewer, "home")
+    scroll(viewer, "down")
+    assert viewer.index == 0
+    key(viewer, "m")
+    assert viewer.index == start
+
+
+def test_what_is_drawn_changes_with_the_slice(viewer):
+    before = np.array(viewer.panes[0].get_array())
+    key(viewer, "up")
+    assert not np.array_equal(before, viewer.panes[0].get_array())
+
+
+def test_overlay_goes_on_and_off_and_changes_opacity(viewer):
+    assert viewer.overlays[0].get_visible()
+    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.5)
+    key(viewer, "]")
+    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.6)
+    key(viewer, "o")
+    assert not viewer.overlays[0].get_visible()
+
+
+@pytest.mark.parametrize(("plane", "corner"), [("1", "left top"), ("2", "left top"), ("3", "right top")])
+@pytest.mark.parametrize("affine", [LPS, np.eye(4)])
+def test_orientation_is_radiological(tmp_path, plane, corner, affine):
+    """A bright block in the patient's right anterior superior corner, placed by the affine alone."""
+    folder, volumes, _ = write_raw_case(tmp_path, "C", affine=affine)
+    volume = volumes["t1"]
+    world = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape), indexing="ij"), -1) @ affine[:3, :3].T
+    high = world.max((0, 1, 2)) - 6
+    volume[(world > high).all(-1)] = 30000
+    nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "C_t1.nii.gz")
+    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    key(viewer, plane)
+    key(viewer, "end")
+    rows, columns = np.nonzero(viewer.panes[0].get_array() == 30000)
+    height, width = viewer.panes[0].get_array().shape
+    assert rows.max() < height / 2
+    assert columns.max() < width / 2 if corner.startswith("left") else columns.min() > width / 2
+
+
+def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
+    _, _, label = write_raw_case(tmp_path, "C", affine=np.diag([-2.0, -1.0, 3.0, 1.0]))
+    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    texts = [text.get_text() for text in viewer.figure.legends[0].get_texts()]
+    for value, text in zip((1, 2, 3), texts, strict=True):
+        assert f"{(label == value).sum() * 6 / 1000:.1f} ml" in text
+
+
+def test_the_cursor_tells_voxel_mm_and_intensities_of_the_file(tmp_path):
+    _, volumes, _ = write_raw_case(tmp_path, "C")
+    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer.go_to(20)
+    # LPS: file voxel (i, j, k) has RAS index (43 - i, 47 - j, k) and is drawn at column i, 47 - j from below
+    text = viewer.describe(15 + 0.5, 47 - 30 + 0.5)
+    assert "voxel (15, 30, 20)" in text and "RAS (-15.0, 209.0, 20.0) mm" in text
+    for modality in ("t1", "t1ce", "t2", "flair"):
+        assert f"{modality.upper()} {volumes[modality][15, 30, 20]}" in text
+
+
+def test_truth_and_prediction_swap_with_their_dice(tmp_path):
+    _, _, label = write_raw_case(tmp_path, "C")
+    prediction = np.where(label == 3, 4, label).astype(np.uint8)
+    prediction[label == 3] = 0  # ET missed
+    nibabel.save(nibabel.Nifti1Image(prediction, LPS), tmp_path / "prediction.nii.gz")
+    scene = view.load_raw(tmp_path / "C", None, None)
+    scene.maps["prediction"] = view.read_prediction(tmp_path / "prediction.nii.gz", scene)
+    viewer = view.Viewer(view.new_figure(with_window=False), scene)
+    whole, missed = (label > 0).sum(), (label == 3).sum()
+    assert f"WT {2 * (whole - missed) / (2 * whole - missed):.3f}" in viewer.legend_text.get_text()
+    assert "ET 0.000" in viewer.legend_text.get_text()
+    key(viewer, "t")
+    assert viewer.shown == "prediction"
+    key(viewer, "t")
+    assert viewer.shown == "truth"
+
+
+def test_a_preprocessed_case_opens(tensors, tmp_path):
+    run_script("view_interactive_4pane_brats.py", tensors / "BraTS2021_00003.pt", "--save", "a.png", cwd=tmp_path)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_case_without_segmentation_opens(tmp_path):
+    folder, _, _ = write_raw_case(tmp_path, "C")
+    (folder / "C_seg.nii.gz").unlink()
+    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    key(viewer, "t")
+    key(viewer, "m")
+    assert "no segmentation" in viewer.legend_text.get_text()
+
+
+def test_saving_needs_no_display_and_a_window_does(tmp_path):
+    write_raw_case(tmp_path, "C")
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "view_interactive_4pane_brats.py"), "C"]
+    saved = subprocess.run([*command, "--save", "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert saved.returncode == 0 and (tmp_path / "a.png").exists()
+    if sys.platform == "linux":
+        refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert refused.returncode == 2 and "--save" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_bad_arguments_are_refused_in_one_line(tmp_path, tensors):
+    write_raw_case(tmp_path, "C")
+    script = "view_interactive_4pane_brats.py"
+    for bad in (["C", "--save", "nowhere/a.png"], ["C", "--save", "a.jpg"], ["C", "--save", "a.png", "--slice", 99],
+                ["C", "--name", "D", "--save", "a.png"], ["nowhere", "--save", "a.png"], ["x.pt", "--save", "a.png"]):
+        result = run_script(script, *bad, cwd=tmp_path, status=2)
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "a.png").exists()
