@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models import cli
 
-KEY_HELP = "wheel / arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth / prediction   s: save   q: quit"
+KEY_HELP = "wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth, prediction   s: save   q: quit"
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is at the left, right, top and bottom
 
 
@@ -264,7 +264,6 @@ class Viewer:
                            labelcolor="white", fontsize=10)
         line = f"segmentation: {self.shown}, whole tumour {sum(volumes.values()):.1f} ml"
         if len(self.scene.maps) == 2:
-            truth, prediction = (np.isin(self.scene.maps[k], (1, 2, 3)) for k in ("truth", "prediction"))
             scores = []
             for region, labels in REGIONS.items():
                 truth, prediction = (np.isin(self.scene.maps[k], labels) for k in ("truth", "prediction"))

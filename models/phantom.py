@@ -66,7 +66,7 @@ def make_case(seed: int, index: int, spacing_mm: float = 1.0):
     grain = _grain(rng, label.shape)
     vessels = _ramp(_noise(rng, axes, 9) - 2.1, 0.15) * tissue["csf"] * tissue["brain"]
     for modality, signal in SIGNAL.items():
-        scale = float(np.exp(rng.uniform(np.log(220), np.log(3200))))
+        scale = float(np.exp(rng.uniform(np.log(350), np.log(6000))))
         picture = render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain)
         volume = np.zeros(shape, np.int16)
         volume[box] = picture
@@ -97,7 +97,7 @@ def draw_anatomy(rng, axes, position) -> dict[str, np.ndarray]:
     depth = np.maximum(-outside, 0)
 
     folds = _noise(rng, axes, 19) + 0.5 * _noise(rng, axes, 10)
-    sulcus = np.abs(folds) * 4.6 + np.maximum(depth - 17 - 4 * wobble, 0) * 0.7  # mm from the middle of the next sulcus
+    sulcus = np.abs(folds) * 4.0 + np.maximum(depth - 17 - 4 * wobble, 0) * 0.7  # mm from the middle of the next sulcus
     callosum = _ellipsoid(x, y, z, (0, 0, 14), (30, 36, 13))
     midline = 1.5 * np.abs(x + 0.8 * wobble) + np.maximum(0, 3 - callosum) * 2 + np.maximum(-4 - z, 0)
     cortex = np.minimum(np.minimum(depth + 0.8, sulcus), midline)  # mm from the nearest pial surface

@@ -1,0 +1,32 @@
+# `make demo` and `make test` set themselves up in .venv and need no data, no GPU and no questions.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	rm -rf demo models/unet/results/demo
+	$(RUN) -m models.phantom demo/raw --cases 12
+	$(RUN) view_interactive_4pane_brats.py demo/raw --save demo/case.png
+	$(RUN) preprocess_brats.py demo/raw demo/tensors --size 64
+	$(RUN) view_interactive_4pane_brats.py demo/tensors/BraTS2021_00000.pt --save demo/preprocessed_case.png
+	$(RUN) train_unet.py demo/tensors --epochs 12 --run-name demo
+	$(RUN) evaluate.py models/unet/results/demo --raw demo/raw --save-nifti demo/predictions
+	@echo; echo "Pictures and tables of this demo:"
+	@find demo models/unet/results/demo -name '*.png' -o -name '*.csv' -o -name 'summary.json' | sort | sed 's/^/  /'
+
+test: .venv/ready-test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-test: .venv/ready tests/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv demo

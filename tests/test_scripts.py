@@ -1,0 +1,183 @@
+"""The scripts as a user runs them: what they write, what they refuse, and with which exit status."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import ROOT, run_script, write_raw_case
+from PIL import Image
+
+SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "evaluate.py"]
+
+
+@pytest.fixture(scope="module")
+def trained(tensors, tmp_path_factory):
+    """A folder in which train_unet.py has made the run models/unet/results/first."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_script("train_unet.py", tensors, "--epochs", 2, "--run-name", "first", cwd=folder)
+    assert "minutes" in result.stdout
+    return folder
+
+
+RUN = "models/unet/results/first"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_nothing_heavy_and_shows_examples(script):
+    code = (f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{script!r}, '--help']\n"
+            f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+            "except SystemExit as status: assert not status.code\n"
+            "assert not {'torch', 'numpy', 'monai', 'nibabel', 'matplotlib'} & set(sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(script) >= 3
+
+
+def read(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_preprocessing_skips_what_is_done_and_resumes_what_is_not(raw, tensors):
+    stamps = {path.name: path.stat().st_mtime_ns for path in tensors.glob("*.pt")}
+    lost = tensors / "BraTS2021_00004.pt"
+    content = lost.read_bytes()
+    lost.unlink()
+    result = run_script("preprocess_brats.py", raw, tensors, "--size", 32, cwd=tensors.parent)
+    assert "11 cases are done already, 1 to do" in result.stdout
+    assert lost.read_bytes() == content
+    again = {path.name: path.stat().st_mtime_ns for path in tensors.glob("*.pt")}
+    assert {name for name in stamps if stamps[name] != again[name]} == {lost.name}
+
+
+def test_preprocessing_says_what_it_found_and_records_what_it_did(raw, tensors):
+    result = run_script("preprocess_brats.py", raw, tensors, "--size", 32, cwd=tensors.parent)
+    assert "12 cases, BraTS 2017-2021 names" in result.stdout and "4 = ET" in result.stdout
+    manifest = json.loads((tensors / "manifest.json").read_text())
+    assert manifest["settings"]["size"] == 32 and len(manifest["cases"]) == 12
+    entry = manifest["cases"]["BraTS2021_00000"]
+    assert len(entry["sources"]) == 5 and len(entry["sha256"]) == 64
+    assert not list(tensors.glob(".*"))  # no temporary files
+
+
+def test_other_settings_make_every_case_again(raw, tmp_path):
+    run_script("preprocess_brats.py", raw, "out", "--size", 16, "--limit", 2, cwd=tmp_path)
+    result = run_script("preprocess_brats.py", raw, "out", "--size", 32, "--limit", 2, cwd=tmp_path)
+    assert "0 cases are done already, 2 to do" in result.stdout
+
+
+def test_bad_cases_are_named_in_failures_csv_and_the_others_go_on(tmp_path):
+    for index in range(5):
+        write_raw_case(tmp_path / "raw", f"C{index}", seed=index)
+    (tmp_path / "raw/C1/C1_t2.nii.gz").unlink()
+    broken = tmp_path / "raw/C3/C3_flair.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    seg = tmp_path / "raw/C4/C4_seg.nii.gz"
+    image = nibabel.load(seg)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) * 0 + 7, image.affine), seg)
+    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path, status=1)
+    reasons = {row["case"]: row["reason"] for row in read(tmp_path / "out/failures.csv")}
+    assert set(reasons) == {"C1", "C3", "C4"}
+    assert "no t2 file" in reasons["C1"] and "truncated" in reasons["C3"] and "value 7" in reasons["C4"]
+    assert {path.stem for path in (tmp_path / "out").glob("*.pt")} == {"C0", "C2"}
+    assert "too few cases to split" in result.stdout and not (tmp_path / "out/splits.json").exists()
+    trained = run_script("train_unet.py", "out", cwd=tmp_path, status=2)
+    assert "too few cases to split" in trained.stderr
+
+
+def test_an_unlabelled_case_is_preprocessed_but_not_trained_on(tmp_path):
+    for index in range(4):
+        folder, _, _ = write_raw_case(tmp_path / "raw", f"C{index}", seed=index)
+    (folder / "C3_seg.nii.gz").unlink()
+    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path)
+    assert "1 without segmentation" in result.stdout
+    splits = json.loads((tmp_path / "out/splits.json").read_text())
+    assert "C3" not in splits["train"] + splits["validation"] + splits["test"]
+    assert (tmp_path / "out/C3.pt").exists()
+
+
+def test_training_writes_the_whole_run(trained):
+    files = {path.name for path in (trained / RUN).iterdir()}
+    assert files == {"config.json", "train.csv", "training_plots.png", "best.pt", "last.pt", "test_results.csv",
+                     "test_prediction_overlay.png"}  # fmt: skip
+    rows = read(trained / RUN / "test_results.csv")
+    assert [row["case"] for row in rows][-1] == "mean" and {"loss", "dice_WT", "dice_ET", "dice_NCR"} <= set(rows[0])
+    for picture in ("training_plots.png", "test_prediction_overlay.png"):
+        assert np.asarray(Image.open(trained / RUN / picture).convert("L")).std() > 5
+
+
+def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):
+    result = run_script("evaluate.py", RUN, cwd=trained)
+    out = trained / RUN / "evaluation-test"
+    rows = read(out / "per_case.csv")
+    tested = {row["case"]: row for row in read(trained / RUN / "test_results.csv")}
+    for row in rows:
+        assert float(row["dice"]) == pytest.approx(float(tested[row["case"]][f"dice_{row['target']}"]), abs=1e-5)
+    assert {row["target"] for row in rows} == {"WT", "TC", "ET", "NCR", "ED"}
+    summary = json.loads((out / "summary.json").read_text())["runs"]["first"]
+    mean = np.mean([float(row["dice"]) for row in rows if row["target"] == "WT"])
+    assert summary["network"]["WT"]["mean"] == pytest.approx(mean, abs=1e-5)
+    assert {path.name for path in out.glob("*.png")} == {f"overlay_{k}.png" for k in ("best", "median", "worst")}
+    assert "truth and prediction empty" in result.stdout
+
+
+def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, raw):
+    run_script("evaluate.py", RUN, "--raw", raw, "--tta", "--save-nifti", "nifti", "--out", "native", cwd=trained)
+    rows = read(trained / "native/per_case.csv")
+    assert {row["space"] for row in rows} == {"network", "native"}
+    case = rows[0]["case"]
+    written, original = nibabel.load(trained / f"nifti/{case}.nii.gz"), nibabel.load(raw / case / f"{case}_seg.nii.gz")
+    assert written.shape == original.shape and np.array_equal(written.affine, original.affine)
+    prediction, truth = np.asarray(written.dataobj), np.asarray(original.dataobj)
+    assert set(np.unique(prediction)) <= {0, 1, 2, 4}
+    score = next(r for r in rows if r["case"] == case and r["space"] == "native" and r["target"] == "WT")
+    both = np.logical_and(prediction > 0, truth > 0).sum()
+    assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
+
+
+def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    config = json.loads((trained / RUN / "config.json").read_text())
+    other = trained / "models/unet/results/other"
+    other.mkdir(exist_ok=True)
+    (other / "best.pt").write_bytes((trained / RUN / "best.pt").read_bytes())
+    config["split"]["test"] = config["split"]["train"][:1]
+    (other / "config.json").write_text(json.dumps(config))
+    bad = [
+        ("preprocess_brats.py", "nowhere"),
+        ("preprocess_brats.py", tmp_path / "empty"),
+        ("preprocess_brats.py", tmp_path / "empty", tmp_path / "file"),
+        ("train_unet.py", "nowhere"),
+        ("train_unet.py", tmp_path / "empty"),
+        ("train_unet.py", tensors, "--fold", 9),
+        ("train_unet.py", tensors, "--run-name", "first"),
+        ("train_unet.py", tensors, "--amp", "fp16", "--device", "cpu"),
+        ("evaluate.py", "nowhere"),
+        ("evaluate.py", RUN, "--raw", tmp_path / "empty"),
+        ("evaluate.py", RUN, other),
+        ("evaluate.py", RUN, "--data", tmp_path / "empty"),
+    ]
+    for script, *arguments in bad:
+        result = run_script(script, *arguments, cwd=trained, status=2)
+        assert len(result.stderr.strip().splitlines()) == 1, (script, arguments, result.stderr)
+
+
+def test_usage_errors_name_the_flag():
+    for script, flag, value in (("train_unet.py", "--epochs", "0"), ("train_unet.py", "--flip-probability", "2"),
+                                ("preprocess_brats.py", "--size", "x"), ("train_unet.py", "--learning-rate", "-1")):
+        done = subprocess.run([sys.executable, ROOT / script, flag, value], capture_output=True, text=True)
+        assert done.returncode == 2 and flag in done.stderr and value in done.stderr
+
+
+def test_the_real_road_writes_everything(real_cases, tmp_path):
+    """Raw cases of a real data set to scores and pictures, as the README shows it."""
+    run_script("preprocess_brats.py", real_cases, "tensors", "--size", 32, cwd=tmp_path)
+    run_script("train_unet.py", "tensors", "--epochs", 2, "--run-name", "real", cwd=tmp_path)
+    run_script("evaluate.py", "models/unet/results/real", "--raw", real_cases, cwd=tmp_path)
+    assert (tmp_path / "models/unet/results/real/evaluation-test/overlay_worst.png").is_file()
+    assert os.path.getsize(tmp_path / "models/unet/results/real/evaluation-test/per_case.csv") > 100
