@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models import cli
 
-KEY_HELP = "wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth, prediction   s: save   q: quit"
+KEY_HELP = "wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth, prediction   s: save   q"
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is at the left, right, top and bottom
 
 

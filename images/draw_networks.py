@@ -42,7 +42,7 @@ def draw_unet(path: Path):
     decoder = blocks[len(encoder) :]  # an upsampling and a residual unit in turn
     figure = Figure(figsize=(13, 6.5))
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.88))
-    axes.set(xlim=(-1.6, 2 * len(encoder) + 1.2), ylim=(-len(encoder) - 0.2, 1.2))
+    axes.set(xlim=(-2.4, 1.5 * len(decoder) / 2 + len(encoder) + 1.4), ylim=(-len(encoder) - 0.2, 1.0))
     axes.set_axis_off()
 
     def box(x, y, text, color):
@@ -50,10 +50,10 @@ def draw_unet(path: Path):
 
     def arrow(start, end, color="black", style="-"):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.6, "ls": style,
-                                                  "shrinkA": 32, "shrinkB": 32})  # fmt: skip
+                                                  "shrinkA": 34, "shrinkB": 34 if color == "black" else 92})  # fmt: skip
 
-    box(-0.9, 0.6, f"T1, T1CE, T2, FLAIR\n4 × {SIZE}³", "white")
-    previous = (-0.9, 0.6)
+    box(-1.6, 0, f"T1, T1CE, T2, FLAIR\n4 × {SIZE}³", "white")
+    previous = (-1.6, 0)
     places = []
     for level, (_, channels, side) in enumerate(encoder):
         places.append((level, -level))
@@ -72,10 +72,10 @@ def draw_unet(path: Path):
         if skip:
             arrow(skip, place, SKIP, "--")
         previous = place
-    box(previous[0] + 1.9, 0.75, "softmax over\nbackground, NCR, ED, ET", "white")
-    arrow(previous, (previous[0] + 1.9, 0.75))
-    figure.text(0.5, 0.94, f"3-D residual U-Net: {parameters / 1e6:.1f} million parameters, channels × voxels at {SIZE}³",
-                ha="center", fontsize=13)  # fmt: skip
+    box(previous[0], previous[1] + 0.85, "softmax: background, NCR, ED, ET", "white")
+    arrow(previous, (previous[0], previous[1] + 0.85))
+    title = f"3-D residual U-Net: {parameters / 1e6:.1f} million parameters; channels × voxels for an input of {SIZE}³"
+    figure.text(0.5, 0.94, title, ha="center", fontsize=13)
     figure.text(0.02, 0.05, "solid: down by a stride of 2, or up by a transposed convolution\n"
                 "dashed: skip connection, concatenated before the upsampling", fontsize=10)  # fmt: skip
     figure.savefig(path, dpi=100)

@@ -215,6 +215,8 @@ def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.devic
         history.append(row)
         if rank() == 0:
             write_epoch(run, history, model, optimizer, scaler, args)
+    if world_size() > 1:
+        dist.barrier()  # best.pt must be there before any process loads it
     return sum(row["seconds"] for row in history) / 60
 
 
@@ -363,3 +365,5 @@ def report(run: Path, split: dict[str, list[str]], dice: dict[str, float], minut
               + f"; mean of the labels {mean_label_dice(dice):.4f}")
         print(f"Written to {run}: config.json, train.csv, training_plots.png, best.pt, last.pt, test_results.csv, "
               "test_prediction_overlay.png")
+    if world_size() > 1:
+        dist.destroy_process_group()
