@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.networks.blocks import Convolution, ResidualUnit
 
@@ -42,38 +43,36 @@ def draw_unet(path: Path):
     decoder = blocks[len(encoder) :]  # an upsampling and a residual unit in turn
     figure = Figure(figsize=(13, 6.5))
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.88))
-    axes.set(xlim=(-2.4, 1.5 * len(decoder) / 2 + len(encoder) + 1.4), ylim=(-len(encoder) - 0.2, 1.0))
+    axes.set(xlim=(-2.5, 1.5 * len(decoder) / 2 + len(encoder) + 1.4), ylim=(-len(encoder) - 0.2, 1.0))
     axes.set_axis_off()
 
-    def box(x, y, text, color):
-        axes.text(x, y, text, ha="center", va="center", fontsize=10.5, bbox={"boxstyle": "round,pad=0.5", "fc": color})
+    boxes, arrows = {}, []  # arrows are drawn last, when the boxes' sizes are known
 
-    def arrow(start, end, color="black", style="-"):
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1.6, "ls": style,
-                                                  "shrinkA": 34, "shrinkB": 34 if color == "black" else 92})  # fmt: skip
+    def box(place, text, color):
+        style = {"boxstyle": "round,pad=0.5", "fc": color}
+        boxes[place] = axes.text(*place, text, ha="center", va="center", fontsize=10.5, bbox=style)
 
-    box(-1.6, 0, f"T1, T1CE, T2, FLAIR\n4 × {SIZE}³", "white")
-    previous = (-1.6, 0)
-    places = []
+    source = (-1.7, 0)
+    box(source, f"T1, T1CE, T2, FLAIR\n4 × {SIZE}³", "white")
     for level, (_, channels, side) in enumerate(encoder):
-        places.append((level, -level))
-        box(*places[-1], f"residual unit\n{channels} × {side}³", DOWN)
-        arrow(previous, places[-1])
-        previous = places[-1]
+        box((level, -level), f"residual unit\n{channels} × {side}³", DOWN)
+        arrows.append((source, (level, -level), "solid"))
+        source = (level, -level)
     last = len(encoder) - 1
     for step, ((_, up_channels, up_side), (_, channels, side)) in enumerate(
         zip(decoder[::2], decoder[1::2], strict=True), start=1
     ):
-        place = (last + 2 * step * 0.75 + 0.4, -last + step)
-        text = f"upsample {up_channels} × {up_side}³\nresidual unit {channels} × {side}³"
-        box(*place, text, UP)
-        arrow(previous, place)
-        skip = places[last - step] if step <= last and step < len(encoder) else None
-        if skip:
-            arrow(skip, place, SKIP, "--")
-        previous = place
-    box(previous[0], previous[1] + 0.85, "softmax: background, NCR, ED, ET", "white")
-    arrow(previous, (previous[0], previous[1] + 0.85))
+        place = (last + 1.5 * step + 0.4, step - last)
+        box(place, f"upsample {up_channels} × {up_side}³\nresidual unit {channels} × {side}³", UP)
+        arrows += [(source, place, "solid"), ((last - step, step - last), place, "dashed")]
+        source = place
+    box((source[0], 0.85), "softmax: background, NCR, ED, ET", "white")
+    arrows.append((source, (source[0], 0.85), "solid"))
+    FigureCanvasAgg(figure).draw()
+    for start, end, line in arrows:
+        properties = {"arrowstyle": "->", "ls": line, "lw": 1.6, "color": "black" if line == "solid" else SKIP}
+        ends = {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        axes.annotate("", end, start, arrowprops=properties | ends)
     title = f"3-D residual U-Net: {parameters / 1e6:.1f} million parameters; channels × voxels for an input of {SIZE}³"
     figure.text(0.5, 0.94, title, ha="center", fontsize=13)
     figure.text(0.02, 0.05, "solid: down by a stride of 2, or up by a transposed convolution\n"
