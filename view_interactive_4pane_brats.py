@@ -178,7 +178,7 @@ class Viewer:
             self.overlays.append(axes.imshow([[[0, 0, 0, 0]]], interpolation="nearest"))
             places = ((0.01, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.01))
             self.letters.append([axes.text(*p, "", color="#cccccc", transform=axes.transAxes) for p in places])
-        self.title = figure.text(0.5, 0.965, "", color="white", ha="center", fontsize=12)
+        self.title = figure.text(0.5, 0.955, "", color="white", ha="center", fontsize=12)
         self.legend_text = figure.text(0.5, 0.035, "", color="white", ha="center", fontsize=10)
         self.status = figure.text(0.5, 0.012, KEY_HELP if with_help else "", color="#aaaaaa", ha="center", fontsize=9)
         self.indices = {name: self.most_tumour(name) for name in EDGES}
@@ -214,14 +214,23 @@ class Viewer:
         return {"axial": (anterior, right), "coronal": (superior, right), "sagittal": (superior, anterior)}[self.plane]
 
     def show_plane(self):
-        """Fit the panes to the plane, in mm so that thick slices keep their proportions."""
-        from models.plots import slice_view
+        """Fit the panes to the head in this plane, in mm so that thick slices keep their proportions."""
+        import numpy as np
+
+        from models.plots import PLANES, slice_view
 
         rows, columns = slice_view(self.scene.image[0], self.plane, self.index).shape
         height_mm, width_mm = self.pixel_mm()
+        # All slices seen through at once: where there is anything is the part worth showing.
+        head = (self.scene.image[0] != 0).any(axis=PLANES[self.plane], keepdims=True)
+        shadow = slice_view(head, self.plane, 0)
+        top, bottom = np.flatnonzero(shadow.any(1))[[0, -1]] + (-4, 5)
+        left, right = np.flatnonzero(shadow.any(0))[[0, -1]] + (-4, 5)
         for pane, overlay, letters in zip(self.panes, self.overlays, self.letters, strict=True):
             for picture in (pane, overlay):
                 picture.set_extent((0, columns * width_mm, 0, rows * height_mm))
+            pane.axes.set_xlim(left * width_mm, right * width_mm)
+            pane.axes.set_ylim((rows - bottom) * height_mm, (rows - top) * height_mm)
             for text, letter in zip(letters, EDGES[self.plane], strict=True):
                 text.set_text(letter)
         self.show_legend()
