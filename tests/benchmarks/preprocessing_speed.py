@@ -10,11 +10,10 @@ import argparse
 import csv
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -24,7 +23,7 @@ from monai import transforms as mt
 
 from models.brats import MODALITIES, find_cases
 from models.dataset import load_case
-from preprocess_brats import process_case, start_worker
+from preprocess_brats import process_case
 
 
 def monai_chain(size: int):
@@ -48,9 +47,13 @@ def monai_chain(size: int):
     ])  # fmt: skip
 
 
-def peak_of_worker(case, out: Path, settings: dict) -> float:
-    process_case(case, case.layout, out, settings)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_of_worker_gib(raw: Path, size: int) -> float:
+    """The largest process that preprocess_brats.py starts, from the system's own accounting."""
+    with tempfile.TemporaryDirectory() as out:
+        script = Path(__file__).parents[2] / "preprocess_brats.py"
+        command = [sys.executable, script, raw, out, "--size", str(size), "--workers", "1", "--limit", "4"]
+        subprocess.run(command, check=True, capture_output=True)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
 def main():
@@ -81,8 +84,7 @@ def main():
                 "label_agreement": float((made["label"] == result["label"].as_tensor()).float().mean()),
             })  # fmt: skip
         del rows[0]
-        with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as pool:
-            peak_gib = max(pool.submit(peak_of_worker, case, out, settings).result() for case in cases[:3])
+    peak_gib = peak_of_worker_gib(args.raw, args.size)
     for key in list(rows[0])[1:]:
         print(f"{key:24} median {statistics.median(row[key] for row in rows):.4f}")
     print(f"peak memory of a worker {peak_gib:.2f} GiB")
