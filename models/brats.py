@@ -88,8 +88,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Volumes:
-    """A case in memory, in native space: `image` float32 [4, X, Y, Z], `label` raw values int16 [X, Y, Z] or None,
-    `affine` float64 [4, 4] in mm."""
+    """A case in memory, in native space: `image` [4, X, Y, Z] (int16 as BraTS stores it, else float32), `label` raw
+    values int16 [X, Y, Z] or None, `affine` float64 [4, 4] in mm."""
 
     image: np.ndarray
     label: np.ndarray | None
@@ -217,7 +217,9 @@ def _read_modalities(case: Case):
         if voxels.ndim != 3:
             raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
         if image is None:
-            image, affine = np.empty((len(MODALITIES), *voxels.shape), np.float32), its_affine
+            image, affine = np.empty((len(MODALITIES), *voxels.shape), np.int16), its_affine
+        if not np.can_cast(voxels.dtype, image.dtype):
+            image = image.astype(np.float32)
         _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
         _refuse_bad_voxels(voxels, path)
         image[channel] = voxels
@@ -229,8 +231,9 @@ def _read_4d(case: Case):
     voxels, affine = read_nifti(path)
     if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
         raise InputError(f"{path}: shape {voxels.shape}, expected [X, Y, Z, {len(MODALITIES)}].")
+    dtype = np.int16 if np.can_cast(voxels.dtype, np.int16) else np.float32
     # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
-    image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(np.float32)
+    image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(dtype, copy=False)
     for channel, modality in enumerate(MODALITIES):
         _refuse_bad_voxels(image[channel], f"{path} ({modality})")
     return image, affine, path

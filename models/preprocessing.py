@@ -24,7 +24,7 @@ def to_network(
     """A case of native space as the tensors and plain numbers of a preprocessed case.
 
     Args:
-        image: float32 [4, X, Y, Z], raw intensities in the order of MODALITIES.
+        image: [4, X, Y, Z], raw intensities of any type in the order of MODALITIES.
         label: training labels uint8 [X, Y, Z], or None.
         affine: [4, 4], voxel to mm.
         size: side of the network cube in voxels; None keeps the crop as it is.
@@ -150,7 +150,8 @@ def normalise(image: np.ndarray) -> tuple[np.ndarray, dict[str, list[float]]]:
         low, high = (float(value) for value in np.percentile(image[channel][foreground], PERCENTILES))
         if not high > low:
             raise InputError(f"{modality} has the one intensity {low:g} all over: not an MRI.")
-        np.subtract(image[channel], low, out=result[channel])
+        result[channel] = image[channel]
+        result[channel] -= low
         result[channel] *= 1 / (high - low)
         np.clip(result[channel], 0, 1, out=result[channel])
         result[channel] *= foreground
@@ -184,11 +185,12 @@ def _sample(volume, positions: list[np.ndarray], mode: str):
             nearest = torch.from_numpy(np.floor(position + 0.5).clip(0, count - 1).astype(np.int64))
             volume = volume.index_select(axis, nearest.to(volume.device))
             continue
+        volume = volume if volume.is_floating_point() else volume.float()
         low = np.floor(position).clip(0, count - 1)
         weight = torch.from_numpy((position - low).clip(0, 1).astype(np.float32)).to(volume.device, volume.dtype)
         low = torch.from_numpy(low.astype(np.int64)).to(volume.device)
-        below, above = volume.index_select(axis, low), volume.index_select(axis, (low + 1).clamp(max=count - 1))
-        volume = torch.lerp(below, above, weight.view(-1, *[1] * (3 - axis)))
+        above = volume.index_select(axis, (low + 1).clamp(max=count - 1))
+        volume = volume.index_select(axis, low).lerp_(above, weight.view(-1, *[1] * (3 - axis)))
     return volume
 
 

@@ -8,7 +8,6 @@ Prints seconds per case (median), the ratio pair by pair, how far the images dif
 
 import argparse
 import csv
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,13 +46,21 @@ def monai_chain(size: int):
     ])  # fmt: skip
 
 
+# A process starts with the peak of the one that started it, so a small one has to start the script.
+LARGEST_CHILD = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def peak_of_worker_gib(raw: Path, size: int) -> float:
-    """The largest process that preprocess_brats.py starts, from the system's own accounting."""
+    """The largest process that preprocess_brats.py starts, from the system's own accounting (Linux: KiB)."""
     with tempfile.TemporaryDirectory() as out:
         script = Path(__file__).parents[2] / "preprocess_brats.py"
         command = [sys.executable, script, raw, out, "--size", str(size), "--workers", "1", "--limit", "4"]
-        subprocess.run(command, check=True, capture_output=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        measured = [sys.executable, "-c", LARGEST_CHILD, *map(str, command)]
+        return int(subprocess.run(measured, check=True, capture_output=True, text=True).stdout) / 2**20
 
 
 def main():
