@@ -31,8 +31,8 @@ MSD_CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
 
 # Signal of each tissue relative to white matter.
 SIGNAL = {
-    "t1": {"white": 1.0, "grey": 0.76, "csf": 0.34, "oedema": 0.74, "rim": 0.70, "necrosis": 0.46, "vessel": 0.9},
-    "t1ce": {"white": 1.0, "grey": 0.80, "csf": 0.36, "oedema": 0.76, "rim": 1.75, "necrosis": 0.48, "vessel": 1.8},
+    "t1": {"white": 1.0, "grey": 0.76, "csf": 0.34, "oedema": 0.68, "rim": 0.66, "necrosis": 0.46, "vessel": 0.9},
+    "t1ce": {"white": 1.0, "grey": 0.80, "csf": 0.36, "oedema": 0.70, "rim": 1.75, "necrosis": 0.48, "vessel": 1.8},
     "t2": {"white": 0.72, "grey": 0.98, "csf": 1.75, "oedema": 1.30, "rim": 1.05, "necrosis": 1.55, "vessel": 0.6},
     "flair": {"white": 0.78, "grey": 1.0, "csf": 0.34, "oedema": 1.65, "rim": 1.35, "necrosis": 0.95, "vessel": 0.6},
 }

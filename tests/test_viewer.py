@@ -11,12 +11,13 @@ from conftest import LPS, ROOT, run_script, write_raw_case
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 
 import view_interactive_4pane_brats as view
+from models.viewer import Viewer, new_figure
 
 
 @pytest.fixture
 def viewer(tmp_path):
     write_raw_case(tmp_path, "C")
-    return view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    return Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
 
 
 def key(viewer, name):
@@ -76,7 +77,7 @@ def test_orientation_is_radiological(tmp_path, plane, corner, affine):
     high = world.max((0, 1, 2)) - 6
     volume[(world > high).all(-1)] = 30000
     nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "C_t1.nii.gz")
-    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
     key(viewer, plane)
     key(viewer, "end")
     rows, columns = np.nonzero(viewer.panes[0].get_array() == 30000)
@@ -87,7 +88,7 @@ def test_orientation_is_radiological(tmp_path, plane, corner, affine):
 
 def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
     _, _, label = write_raw_case(tmp_path, "C", affine=np.diag([-2.0, -1.0, 3.0, 1.0]))
-    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
     texts = [text.get_text() for text in viewer.figure.legends[0].get_texts()]
     for value, text in zip((1, 2, 3), texts, strict=True):
         assert f"{(label == value).sum() * 6 / 1000:.1f} ml" in text
@@ -95,7 +96,7 @@ def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
 
 def test_the_cursor_tells_voxel_mm_and_intensities_of_the_file(tmp_path):
     _, volumes, _ = write_raw_case(tmp_path, "C")
-    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
     viewer.go_to(20)
     # LPS: file voxel (i, j, k) has RAS index (43 - i, 47 - j, k) and is drawn at column i, 47 - j from below
     text = viewer.describe(15 + 0.5, 47 - 30 + 0.5)
@@ -111,7 +112,7 @@ def test_truth_and_prediction_swap_with_their_dice(tmp_path):
     nibabel.save(nibabel.Nifti1Image(prediction, LPS), tmp_path / "prediction.nii.gz")
     scene = view.load_raw(tmp_path / "C", None, None)
     scene.maps["prediction"] = view.read_prediction(tmp_path / "prediction.nii.gz", scene)
-    viewer = view.Viewer(view.new_figure(with_window=False), scene)
+    viewer = Viewer(new_figure(with_window=False), scene)
     whole, missed = (label > 0).sum(), (label == 3).sum()
     assert f"WT {2 * (whole - missed) / (2 * whole - missed):.3f}" in viewer.legend_text.get_text()
     assert "ET 0.000" in viewer.legend_text.get_text()
@@ -129,7 +130,7 @@ def test_a_preprocessed_case_opens(tensors, tmp_path):
 def test_a_case_without_segmentation_opens(tmp_path):
     folder, _, _ = write_raw_case(tmp_path, "C")
     (folder / "C_seg.nii.gz").unlink()
-    viewer = view.Viewer(view.new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
     key(viewer, "t")
     key(viewer, "m")
     assert "no segmentation" in viewer.legend_text.get_text()
