@@ -139,7 +139,7 @@ class Viewer:
             layer.set_visible(visible)
             if visible:
                 layer.set_data(overlay)
-        convention = "patient's left side seen from the left" if self.plane == "sagittal" else CONVENTION
+        convention = "seen from the patient's right: anterior is on the right" if self.plane == "sagittal" else CONVENTION
         self.title.set_text(f"{self.scene.name}   {self.plane} slice {self.index} of {self.slice_count}\n{convention}")
         self.figure.canvas.draw_idle()
 
