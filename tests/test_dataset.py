@@ -109,11 +109,11 @@ def test_every_process_trains_on_its_share_and_as_often_as_the_others():
     assert epoch_order(10, 0, 3) != epoch_order(10, 0, 4)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_batches_hold_float32_and_int64_in_the_given_order(tensors, cached):
+@pytest.mark.parametrize(("cached", "workers"), [(True, 0), (False, 0), (False, 2)])
+def test_batches_hold_float32_and_int64_in_the_given_order(tensors, cached, workers):
     names = read_split(tensors)["train"][:3]
     cases = Cases(tensors, names, cached)
-    got = list(batches(cases, [2, 0, 1], 2, torch.device("cpu"), workers=0))
+    got = list(batches(cases, [2, 0, 1], 2, torch.device("cpu"), workers))
     assert [len(image) for image, _, _ in got] == [2, 1]
     expected = load_case(tensors / f"{names[2]}.pt")
     assert torch.equal(got[0][0][0], expected["image"]) and torch.equal(got[0][1][0], expected["label"])
