@@ -139,7 +139,8 @@ class Viewer:
             layer.set_visible(visible)
             if visible:
                 layer.set_data(overlay)
-        convention = "seen from the patient's right: anterior is on the right" if self.plane == "sagittal" else CONVENTION
+        sagittal = "seen from the patient's right: anterior is on the right"
+        convention = sagittal if self.plane == "sagittal" else CONVENTION
         self.title.set_text(f"{self.scene.name}   {self.plane} slice {self.index} of {self.slice_count}\n{convention}")
         self.figure.canvas.draw_idle()
 
