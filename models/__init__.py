@@ -3,7 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
-NETWORKS = ("unet",)  # each is a subpackage with DEFAULTS, SIZE_MULTIPLE and build(**config)
+NETWORKS = ("unet", "swinunetr")  # each is a subpackage with DEFAULTS, SIZE_MULTIPLE and build(**config)
 CHECKPOINT_FORMAT = 1
 
 

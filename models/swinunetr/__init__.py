@@ -1,0 +1,24 @@
+"""Swin UNETR: a shifted-window transformer encoder with a U-Net decoder (Hatamizadeh et al. 2022, arXiv:2201.01266).
+
+62.2 million parameters at the default feature size of 48, with the names and shapes of MONAI's SwinUNETR.
+"""
+
+DEFAULTS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "feature_size": 48,  # channels of the finest level; a multiple of 12
+    "window_size": 7,  # tokens along a side of an attention window
+    "depths": (2, 2, 2, 2),  # Swin blocks per stage
+    "num_heads": (3, 6, 12, 24),
+    "attention": "auto",  # "reference" | "sdpa" | "auto"
+    "checkpointing": "none",  # "none" | "blocks" | "full": what is recomputed in the backward pass to save memory
+    "legacy_merging": False,  # the patch order of MONAI before 1.5, for weights that were trained with it
+}
+SIZE_MULTIPLE = 32  # five halvings
+
+
+def build(**config):
+    """The network with fresh weights; `config` is a complete set of the settings above."""
+    from models.swinunetr.network import SwinUNETR
+
+    return SwinUNETR(**config)
