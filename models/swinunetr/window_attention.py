@@ -18,6 +18,7 @@ from torch import Tensor, nn
 ATTENTION = ("reference", "sdpa", "auto")
 MASKED = -100.0  # added to the logit of a pair of tokens that are not neighbours; exp(-100) is nothing in float32
 ALIGNMENT = 16  # elements: fused GPU kernels read a bias in place only if its rows start at a multiple of this
+CPU_CHANNELS = 16  # channels per head below which the fused CPU kernel is slower than with zeros appended
 
 
 class WindowAttention(nn.Module):
@@ -86,14 +87,18 @@ class WindowAttention(nn.Module):
         if self.attention == "reference" or (self.attention == "auto" and training_on_cpu):
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # [G, h, N, N]
             return logits.softmax(-1).to(v.dtype) @ v
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        channels = q.shape[-1]
+        if q.is_cuda or channels >= CPU_CHANNELS:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = (F.pad(x, (0, CPU_CHANNELS - channels)) for x in (q, k, v))  # zeros change nothing
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=channels**-0.5)[..., :channels]
 
     def _biases(self, window, shift, counts, dtype) -> list[Tensor]:
         """The position bias plus the mask, [1, h, N, N] for every group: fresh wherever a gradient may be asked for,
         else kept until the parameter, its place or its type changes."""
         table = self.relative_position_bias_table
         wants_gradient = torch.is_grad_enabled() and table.requires_grad
-        if self.training or wants_gradient or table.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.training or wants_gradient or table.is_inference():
             return self._gather_biases(window, shift, counts, dtype)
         kind = (table._version, table.data_ptr(), table.device, dtype, torch.is_inference_mode_enabled())
         key = (*kind, window, shift, tuple(n > 1 for n in counts))

@@ -1,0 +1,203 @@
+"""Swin UNETR against MONAI's, which shares its parameters."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
+from monai.networks.nets.swin_unetr import PatchMergingV2
+
+from models import build_model
+from models.brats import InputError
+from models.swinunetr import DEFAULTS
+from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
+from models.swinunetr.network import SwinUNETR, instance_norm
+from models.swinunetr.window_attention import WindowAttention, mask_groups
+
+TINY = {"feature_size": 12, "window_size": 4, "depths": (1, 2, 1, 1), "num_heads": (3, 3, 3, 3)}
+
+
+def pair(feature_size=12, window_size=7, seed=0, **config):
+    """MONAI's network and ours with the same weights; position biases large enough to matter."""
+    torch.manual_seed(seed)
+    shared = {"feature_size": feature_size, "window_size": window_size}
+    theirs = MonaiSwinUNETR(in_channels=4, out_channels=config.get("out_channels", 4), **shared)
+    for name, parameter in theirs.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ours = SwinUNETR(**shared, **config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs.eval(), ours.eval()
+
+
+@pytest.mark.parametrize("attention", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize(
+    ("feature_size", "window_size", "batch", "shape"),
+    [
+        (12, 7, 2, (64, 64, 64)),  # token grids of 32 (padded to 35), 16, 8 and 4: all but the last shifted
+        (12, 8, 1, (64, 32, 32)),  # 32 x 16 x 16 without padding, and windows shrunk along some axes
+        (24, 7, 1, (32, 64, 32)),
+    ],
+)
+def test_outputs_are_those_of_monai(feature_size, window_size, batch, shape, attention):
+    theirs, ours = pair(feature_size, window_size, attention=attention)
+    image = torch.randn(batch, 4, *shape)
+    with torch.inference_mode():
+        assert (ours(image) - theirs(image)).abs().max() < 1e-4
+        assert torch.equal(ours(image), ours(image))  # from cached biases
+
+
+@pytest.mark.parametrize(("checkpointing", "attention"), [("none", "sdpa"), ("blocks", "auto"), ("full", "reference")])
+def test_gradients_are_those_of_monai(checkpointing, attention):
+    theirs, ours = (model.double().train() for model in pair(checkpointing=checkpointing, attention=attention))
+    image = torch.randn(1, 4, 64, 32, 32, dtype=torch.float64)
+    weight = torch.randn(1, 4, 64, 32, 32, dtype=torch.float64)
+    for model in (theirs, ours):
+        (model(image) * weight).sum().backward()
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_training_and_inference_agree():
+    _, ours = pair()
+    image = torch.randn(2, 4, 32, 64, 32)
+    with torch.no_grad():
+        expected = ours(image)
+    assert (ours.train()(image) - expected).abs().max() < 1e-4
+
+
+def test_the_cached_bias_follows_its_parameter():
+    theirs, ours = pair()
+    image = torch.randn(1, 4, 64, 32, 32)
+    with torch.inference_mode():
+        before = ours(image)
+    with torch.no_grad():
+        for model in (theirs, ours):
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias_table"):
+                    parameter.mul_(-2)
+        assert (ours(image) - before).abs().max() > 1e-3
+        assert (ours(image) - theirs(image)).abs().max() < 1e-4
+        assert (copy.deepcopy(ours)(image) - theirs(image)).abs().max() < 1e-4
+        ours.train().eval()
+        assert (ours.double()(image.double()) - theirs.double()(image.double())).abs().max() < 1e-9
+
+
+def test_no_bias_is_larger_than_one_mask_and_rows_are_aligned():
+    attention = WindowAttention(12, 3, window_size=7, shifted=True).eval()
+    biases = attention._biases((7, 7, 7), (3, 3, 3), (9, 9, 9), torch.float32)
+    assert len(biases) == len(mask_groups((9, 9, 9), (3, 3, 3))) == 8
+    for bias in biases:
+        assert bias.shape == (1, 3, 343, 343)
+        assert bias.stride(2) % 16 == 0 and bias.stride(3) == 1
+
+
+def test_legacy_merging_takes_two_neighbours_twice():
+    theirs, ours = pair(legacy_merging=True)
+    picked = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+
+    class Legacy(PatchMergingV2):
+        def forward(self, x):
+            return self.reduction(self.norm(torch.cat([x[:, d::2, h::2, w::2] for d, h, w in picked], -1)))
+
+    image = torch.randn(1, 4, 32, 32, 64)
+    with torch.inference_mode():
+        assert (ours(image) - theirs(image)).abs().max() > 1e-3
+        for module in theirs.modules():
+            if isinstance(module, PatchMergingV2):
+                module.__class__ = Legacy
+        assert (ours(image) - theirs(image)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_imported_weights_see_our_channel_order(tmp_path, wrapped):
+    theirs, _ = pair(out_channels=3)
+    state = theirs.state_dict()
+    torch.save({"state_dict": state} if wrapped else {f"module.{k}": v for k, v in state.items()}, tmp_path / "fold.pt")
+    ours = load_monai_weights(tmp_path / "fold.pt", legacy_merging=False)
+    t1, t1ce, t2, flair = torch.randn(4, 1, 32, 64, 32)
+    with torch.inference_mode():
+        expected = theirs(torch.stack([flair, t1ce, t1, t2], 1))
+        assert (ours(torch.stack([t1, t1ce, t2, flair], 1)) - expected).abs().max() < 1e-4
+    assert load_monai_weights(tmp_path / "fold.pt").swinViT.layers1[0].downsample.order[5] == (0, 1, 0)  # legacy
+    # no other parameter has an input channel for each modality
+    fresh = SwinUNETR(**TINY).state_dict()
+    assert {name for name, weight in fresh.items() if weight.dim() == 5 and weight.shape[1] == 4} - {
+        "out.conv.conv.weight"
+    } == set(IMAGE_LAYERS)
+
+
+def test_other_weights_are_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt", "missing.pt"):
+        with pytest.raises(InputError, match=name):
+            load_monai_weights(tmp_path / name)
+    with pytest.raises(InputError, match="modalities"):
+        import_state_dict({}, ("t1", "t1", "t2", "flair"))
+
+
+def test_impossible_settings_and_sides_are_refused():
+    with pytest.raises(InputError, match=r"In place of 100, 96 or 128 would do"):
+        SwinUNETR(**TINY)(torch.zeros(1, 4, 96, 100, 96))
+    with pytest.raises(InputError, match=r"In place of 20, 32 would do"):
+        SwinUNETR(**TINY)(torch.zeros(1, 4, 20, 32, 32))
+    for bad in ({"feature_size": 20}, {"attention": "flash"}, {"checkpointing": "all"}, {"depths": (2, 2)},
+                {"num_heads": (5, 6, 12, 24)}, {"window_size": 1}):  # fmt: skip
+        with pytest.raises(InputError, match=next(iter(bad))):
+            SwinUNETR(**(TINY | bad))
+
+
+def test_it_is_built_by_name_with_the_defaults():
+    model = build_model("swinunetr", **TINY)
+    assert model.config == DEFAULTS | TINY and model.size_multiple == 32
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model("swinunetr").parameters())
+    assert parameters == 62_191_941 + 48 * 27 * 0  # 62.2 million, as in the paper
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "full"])
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_into_one_graph(checkpointing, training):
+    torch._dynamo.reset()
+    model = SwinUNETR(**TINY, checkpointing=checkpointing).train(training)
+    image = torch.randn(1, 4, 32, 32, 64)
+    with torch.set_grad_enabled(training):
+        expected = model(image)
+        actual = torch.compile(model, backend="aot_eager", fullgraph=True)(image)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        if training:
+            actual.sum().backward()
+
+
+def test_it_can_be_exported():
+    model, image = SwinUNETR(**TINY).eval(), torch.randn(1, 4, 32, 32, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (image,)).module()
+        torch.testing.assert_close(exported(image), model(image), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_and_a_bottleneck_of_one_voxel():
+    model, image = SwinUNETR(**TINY), torch.randn(1, 4, 32, 32, 32)
+    for training in (True, False):
+        model.train(training)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            assert torch.isfinite(model(image)).all()
+        assert torch.isfinite(model(image)).all()
+
+
+def test_instance_norm_is_exact_where_the_mean_is_large():
+    x = (torch.randn(2, 3, 8, 8, 8) + 1000).contiguous(memory_format=torch.channels_last_3d)
+    expected = torch.nn.functional.instance_norm(x.double(), eps=1e-5).float()
+    torch.testing.assert_close(instance_norm(x), expected, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(instance_norm(x.clone()), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_monai_is_not_needed():
+    code = "import sys; sys.modules['monai'] = None; from models import build_model; build_model('swinunetr')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
