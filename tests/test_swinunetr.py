@@ -55,7 +55,8 @@ def test_outputs_are_those_of_monai(feature_size, window_size, batch, shape):
 
 @pytest.mark.parametrize(("checkpointing", "attention"), [("none", "sdpa"), ("blocks", "auto"), ("full", "reference")])
 def test_gradients_are_those_of_monai(checkpointing, attention):
-    theirs, ours = (model.double().train() for model in pair(window_size=5, checkpointing=checkpointing, attention=attention))
+    models = pair(window_size=5, checkpointing=checkpointing, attention=attention)
+    theirs, ours = (model.double().train() for model in models)
     image = torch.randn(1, 4, 64, 32, 32, dtype=torch.float64)
     weight = torch.randn(1, 4, 64, 32, 32, dtype=torch.float64)
     for model in (theirs, ours):
