@@ -34,11 +34,12 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import load_model, training
-    from models.brats import InputError, find_cases
+    from models.brats import InputError, find_cases, write_atomically
 
     device = training.choose_device(args.device)
     dtype = training.amp_dtype(args.amp, device)
     loaded = {run: load_model(run, device) for run in args.runs}  # before any work: a wrong file must not cost an hour
+    called = run_names(loaded)
     data, names = choose_cases(args)
     raw = {case.name: case for case in find_cases(args.raw)} if args.raw else None
     missing = [name for name in names if raw is not None and name not in raw]
@@ -49,8 +50,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
 
     rows, summary = [], {"split": args.split, "cases": len(names), "tta": args.tta, "runs": {}}
-    for run, (model, checkpoint) in loaded.items():
-        name = folder_of(run).name
+    for name, (model, checkpoint) in zip(called, loaded.values(), strict=True):
         scored, maps, seconds = score_run(name, model, data, names, raw, args, device, dtype)
         rows += scored
         summary["runs"][name] = {
@@ -62,7 +62,7 @@ def main() -> int:
         }
         draw_extremes(name, scored, maps, data, out, prefix=f"{name}_" if len(loaded) > 1 else "")
     training.write_csv(out / "per_case.csv", rows)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     print_table(summary, args)
     print(f"Written to {out}: per_case.csv, summary.json, overlay_best.png, overlay_median.png, overlay_worst.png"
           + (f"; predictions in {args.save_nifti}" if args.save_nifti else ""))
@@ -71,6 +71,20 @@ def main() -> int:
 
 def folder_of(run: Path) -> Path:
     return run if run.is_dir() else run.parent
+
+
+def run_names(loaded: dict) -> list[str]:
+    """What each run is called in the tables: its folder's name, with the network's before it where two are the same."""
+    from models.brats import InputError
+
+    names = [folder_of(run).name for run in loaded]
+    if len(set(names)) == len(names):
+        return names
+    names = [f"{checkpoint['network']}-{name}" for name, (_, checkpoint) in zip(names, loaded.values(), strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two runs are both called {name}: rename the folder of one of them.")
+    return names
 
 
 def choose_cases(args) -> tuple[Path, list[str]]:
@@ -86,12 +100,14 @@ def choose_cases(args) -> tuple[Path, list[str]]:
         names = config["split"][args.split] if config else read_split(data)[args.split]
         if config and manifest_checksum(data) != config["data_manifest_sha256"]:
             print(f"Note: {data} is not what {run} was trained on (its manifest differs).")
-        chosen[run] = (data, names)
+        chosen[run] = (data, names, manifest_checksum(data))
     first = args.runs[0]
-    for run, (_, names) in chosen.items():
+    for run, (data, names, checksum) in chosen.items():
         if names != chosen[first][1]:
             raise InputError(f"{run} and {first} have different {args.split} cases, so their scores do not compare.")
-    return chosen[first]
+        if checksum != chosen[first][2]:
+            raise InputError(f"{run} was trained on {data} and {first} on {chosen[first][0]}: say which with --data.")
+    return chosen[first][:2]
 
 
 def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
@@ -100,7 +116,7 @@ def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
     import torch
     from tqdm import tqdm
 
-    from models.brats import read_case, to_raw_labels, to_training_labels, write_label_nifti
+    from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
     from models.inference import predict
     from models.preprocessing import network_spacing_mm, to_native
@@ -108,6 +124,8 @@ def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
     rows, maps, seconds = [], {}, []
     for name in tqdm(names, desc=run, unit="case"):
         case = load_case(data / f"{name}.pt")
+        if "label" not in case:
+            raise InputError(f"{data / name}.pt: has no label, so it cannot be scored.")
         image = case["image"].to(device)
         start = time.perf_counter()
         probabilities = predict(model, image, dtype, args.tta)  # [4, D, H, W]
@@ -115,9 +133,8 @@ def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
         seconds.append(time.perf_counter() - start)
         maps[name] = prediction.numpy()
         geometry, scheme = case["geometry"], case["label_scheme"]
-        if "label" in case:
-            voxel_ml = float(np.prod(network_spacing_mm(geometry))) / 1e3
-            rows += score_case(run, name, "network", prediction, case["label"][0], voxel_ml)
+        voxel_ml = float(np.prod(network_spacing_mm(geometry))) / 1e3
+        rows += score_case(run, name, "network", prediction, case["label"][0], voxel_ml)
         if raw is None and not args.save_nifti:
             continue
         native = to_native(probabilities.cpu(), geometry).argmax(0).to(torch.uint8)  # [X, Y, Z]

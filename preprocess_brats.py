@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -24,7 +25,7 @@ from pathlib import Path
 from models import cli
 
 VERSION = 1  # of the preprocessing itself: raise it when the same settings would give other tensors
-MANIFEST_EVERY = 20  # cases between two writings of the manifest
+MANIFEST_EVERY_S = 2.0  # between two writings of the manifest: what a killed run has to do again
 
 
 def arguments():
@@ -136,12 +137,12 @@ def process(todo, schemes: dict, settings: dict, manifest: dict, args) -> dict[s
 
     from models.brats import InputError
 
-    failures = {}
+    failures, written = {}, time.monotonic()
     # "spawn" starts clean interpreters on every platform; a fork would copy the locks of numerical libraries
     with ProcessPoolExecutor(min(args.workers, len(todo)), get_context("spawn"), start_worker) as pool:
         running = {pool.submit(process_case, case, schemes[case.layout], args.out, settings): case for case in todo}
         try:
-            for count, future in enumerate(tqdm(as_completed(running), total=len(todo), unit="case"), start=1):
+            for future in tqdm(as_completed(running), total=len(todo), unit="case"):
                 case = running[future]
                 try:
                     manifest["cases"][case.name] = future.result()
@@ -155,8 +156,9 @@ def process(todo, schemes: dict, settings: dict, manifest: dict, args) -> dict[s
                     failures[case.name] = " ".join(text.split())
                     manifest["cases"].pop(case.name, None)
                     (args.out / f"{case.name}.pt").unlink(missing_ok=True)  # of an earlier run with other settings
-                if count % MANIFEST_EVERY == 0:
+                if time.monotonic() - written > MANIFEST_EVERY_S:
                     write_manifest(args.out, manifest)
+                    written = time.monotonic()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             write_manifest(args.out, manifest)

@@ -59,11 +59,8 @@ def main() -> int:
 
 def load_raw(folder: Path, name: str | None, labels: str | None):
     """The scene of a raw case; `name` chooses among several."""
-    import numpy as np
-    from nibabel.orientations import io_orientation
-
-    from models.brats import InputError, find_cases, read_case, to_training_labels
-    from models.viewer import Scene, reorient
+    from models.brats import InputError, find_cases, read_case, spacing_of, to_ras, to_training_labels
+    from models.viewer import Scene
 
     cases = {case.name: case for case in find_cases(folder)}
     name = name or next(iter(cases))
@@ -76,10 +73,8 @@ def load_raw(folder: Path, name: str | None, labels: str | None):
     maps = {}
     if volumes.label is not None:
         label = to_training_labels(volumes.label, scheme, case.files["seg"][0])
-        maps["truth"] = reorient(label, volumes.affine)
-    image = np.stack([reorient(modality, volumes.affine) for modality in volumes.image])
-    spacing = np.linalg.norm(volumes.affine[:3, :3], axis=0)  # along the file's axes
-    voxel_mm = [float(spacing[axis]) for axis in np.argsort(io_orientation(volumes.affine)[:, 0])]
+        maps["truth"] = to_ras(label[None], volumes.affine)[0]
+    image, voxel_mm = to_ras(volumes.image, volumes.affine), spacing_of(volumes.affine)
     return Scene(name, image, maps, voxel_mm, volumes.affine, volumes.image.shape[1:], scheme)
 
 
@@ -98,15 +93,14 @@ def read_prediction(path: Path, scene):
     """A label map on the scene's own grid, as training labels with RAS axes."""
     import numpy as np
 
-    from models.brats import InputError, read_nifti, to_training_labels
-    from models.viewer import reorient
+    from models.brats import InputError, read_nifti, to_ras, to_training_labels
 
     voxels, affine = read_nifti(path)
     if scene.affine is None:
         raise InputError("--prediction: a label map is on the original grid; name the raw case, not a .pt file.")
     if voxels.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
         raise InputError(f"{path}: its grid {voxels.shape} is not that of {scene.name} {scene.native_shape}.")
-    return reorient(to_training_labels(voxels.astype(np.int16), scene.scheme, path), affine)
+    return to_ras(to_training_labels(voxels.astype(np.int16), scene.scheme, path)[None], affine)[0]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -94,6 +95,28 @@ class Volumes:
     image: np.ndarray
     label: np.ndarray | None
     affine: np.ndarray
+
+
+# ---- orientation -----------------------------------------------------------------------------------------------------
+
+
+def native_axes(affine) -> list[int]:
+    """The native axis that runs along right, along anterior and along superior."""
+    return [int(axis) for axis in np.argsort(io_orientation(np.asarray(affine))[:, 0])]
+
+
+def to_ras(volume: np.ndarray, affine) -> np.ndarray:
+    """[C, X, Y, Z] of native space with its axes permuted and flipped to RAS, as a view [C, D, H, W]."""
+    signs = io_orientation(np.asarray(affine))[:, 1]
+    source = native_axes(affine)
+    volume = volume.transpose(0, *(axis + 1 for axis in source))
+    return volume[(slice(None), *(slice(None, None, int(signs[axis])) for axis in source))]
+
+
+def spacing_of(affine) -> list[float]:
+    """Voxel size in mm along the RAS axes."""
+    sizes = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
+    return [float(sizes[axis]) for axis in native_axes(affine)]
 
 
 # ---- finding cases -------------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ def run(main):
     except BrokenPipeError:  # `| head` closed the pipe: nothing to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except ValueError as error:
-        if "--debug" in sys.argv or type(error).__name__ != "InputError":
+    except (ValueError, OSError) as error:
+        # By its name: importing the class here would cost every usage error the time to load numpy.
+        if "--debug" in sys.argv or not (type(error).__name__ == "InputError" or isinstance(error, OSError)):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -31,7 +33,10 @@ def parser(docstring: str) -> argparse.ArgumentParser:
 
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """Both at once: the docstring as it stands, and the defaults."""
+        """Both at once: the docstring as it stands, and the defaults where there are any."""
+
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     result = argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -147,9 +147,10 @@ class Cases(Dataset):
         return case["image"].clone(), case["label"].to(torch.uint8)
 
 
-def fits_in_memory(data: str | Path, names: list[str]) -> bool:
-    """Whether these cases take less than half of the memory that is free now (False where that cannot be told)."""
-    wanted = sum(Path(data, f"{name}.pt").stat().st_size for name in names)
+def fits_in_memory(data: str | Path, names: list[str], copies: int) -> bool:
+    """Whether these cases, kept by each of `copies` processes, take less than half of the memory that is free now
+    (False where that cannot be told)."""
+    wanted = copies * sum(Path(data, f"{name}.pt").stat().st_size for name in names)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -66,7 +66,7 @@ def make_case(seed: int, index: int, spacing_mm: float = 1.0):
     grain = _grain(rng, label.shape)
     vessels = _ramp(_noise(rng, axes, 9) - 2.1, 0.15) * tissue["csf"] * tissue["brain"]
     for modality, signal in SIGNAL.items():
-        scale = float(np.exp(rng.uniform(np.log(350), np.log(6000))))
+        scale = float(np.exp(rng.uniform(np.log(600), np.log(6000))))
         picture = render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain)
         volume = np.zeros(shape, np.int16)
         volume[box] = picture
@@ -273,6 +273,8 @@ def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | No
     """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
     from tqdm import tqdm
 
+    from models.brats import write_atomically
+
     out.mkdir(parents=True, exist_ok=True)
     workers = min(cases, workers or os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -288,7 +290,7 @@ def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | No
             "training": training,
             "test": [],
         }
-        (out / "dataset.json").write_text(json.dumps(description, indent=1))
+        write_atomically(out / "dataset.json", json.dumps(description, indent=1))
 
 
 def main() -> int:

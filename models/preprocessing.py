@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, InputError
+from models.brats import MODALITIES, InputError, native_axes, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1
 
@@ -70,7 +70,7 @@ def to_native(volume: torch.Tensor, geometry: dict) -> torch.Tensor:
         raise InputError(f"a volume of {tuple(volume.shape)} does not fit the network size {geometry['network_size']}.")
     mode = "nearest" if volume.ndim == 3 else "linear"
     positions, inside = [], [slice(None)]
-    ras_shape = [geometry["native_shape"][axis] for axis in _native_axes(geometry["affine"])]
+    ras_shape = [geometry["native_shape"][axis] for axis in native_axes(geometry["affine"])]
     for native, step, (low, high), network in zip(
         ras_shape, _resampling_steps(geometry), geometry["crop_box"], geometry["network_size"], strict=True
     ):
@@ -85,32 +85,10 @@ def to_native(volume: torch.Tensor, geometry: dict) -> torch.Tensor:
     return result[0] if volume.ndim == 3 else result
 
 
-# ---- orientation ---------------------------------------------------------------------------------------------------
-
-
-def to_ras(volume: np.ndarray, affine) -> np.ndarray:
-    """[C, X, Y, Z] of native space with its axes permuted and flipped to RAS, as a view [C, D, H, W]."""
-    signs = io_orientation(np.asarray(affine))[:, 1]
-    source = _native_axes(affine)
-    volume = volume.transpose(0, *(axis + 1 for axis in source))
-    return volume[(slice(None), *(slice(None, None, int(signs[axis])) for axis in source))]
-
-
 def _from_ras(volume: torch.Tensor, affine) -> torch.Tensor:
     orientation = io_orientation(np.asarray(affine))  # per native axis: the RAS axis it is nearest to, and its sign
     flipped = [int(ras) + 1 for ras, sign in orientation if sign < 0]
     return volume.flip(flipped).permute(0, *(int(ras) + 1 for ras in orientation[:, 0])).contiguous()
-
-
-def _native_axes(affine) -> list[int]:
-    """The native axis that runs along right, along anterior and along superior."""
-    return [int(axis) for axis in np.argsort(io_orientation(np.asarray(affine))[:, 0])]
-
-
-def spacing_of(affine) -> list[float]:
-    """Voxel size in mm along the RAS axes."""
-    sizes = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
-    return [float(sizes[axis]) for axis in _native_axes(affine)]
 
 
 def network_spacing_mm(geometry: dict) -> list[float]:

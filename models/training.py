@@ -187,7 +187,8 @@ def make_loss():
 def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.device) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes."""
     dtype = amp_dtype(args.amp, device)
-    cached = args.cache == "ram" or (args.cache == "auto" and fits_in_memory(args.data, split["train"]))
+    kept = split["train"] + split["validation"]
+    cached = args.cache == "ram" or (args.cache == "auto" and fits_in_memory(args.data, kept, world_size()))
     train_cases = Cases(args.data, split["train"], cached)
     validation_cases = Cases(args.data, split["validation"], cached)
     model.to(device)
@@ -262,8 +263,8 @@ def train_epoch(model, cases: Cases, epoch: int, args, optimizer, scaler, device
         bar.update()
     loss_sum /= micro_steps
     if world_size() > 1:
-        dist.all_reduce(loss_sum, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-        loss_sum /= 1 if device.type == "cuda" else world_size()
+        dist.all_reduce(loss_sum)
+        loss_sum /= world_size()
     row = {"train_loss": loss_sum.item(), "learning_rate": rate}  # .item() waits until the device is done
     seconds = time.perf_counter() - start
     row["step_ms"] = 1e3 * seconds / micro_steps

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES, REGIONS, InputError
 from models.plots import (
@@ -34,15 +34,8 @@ class Scene:
     scheme: str = ""
 
 
-def reorient(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """[X, Y, Z] of native space with RAS axes, as a view [D, H, W]."""
-    return apply_orientation(volume, io_orientation(affine))
-
-
 def new_figure(with_window: bool):
     """A dark figure, in a window or for a file alone. Without a display a window is refused."""
-    import matplotlib
-
     if not with_window:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -52,13 +45,28 @@ def new_figure(with_window: bool):
         return figure
     from matplotlib import pyplot
 
-    pyplot.figure  # noqa: B018  (resolves the backend)
-    pyplot.switch_backend(matplotlib.get_backend())
-    if matplotlib.get_backend().lower() == "agg":
+    for keymap in [name for name in pyplot.rcParams if name.startswith("keymap.")]:
+        pyplot.rcParams[keymap] = []  # the toolbar's own s, o, p and arrows would act as well
+    try:
+        figure = pyplot.figure(figsize=(11, 11), facecolor="black")
+    except ImportError:  # MPLBACKEND names a backend that cannot run here
+        figure = None
+    if figure is None or figure.canvas.required_interactive_framework is None:
         raise InputError("no window can be opened here (no display, or neither Tk nor Qt). Use --save PNG.")
-    for keymap in [name for name in matplotlib.rcParams if name.startswith("keymap.")]:
-        matplotlib.rcParams[keymap] = []  # the toolbar's own s, o, p and arrows would act as well
-    return pyplot.figure(figsize=(11, 11), facecolor="black")
+    return figure
+
+
+def describe_dice(maps: dict) -> str:
+    """The Dice of each region for the legend, where there are truth and prediction to compare."""
+    if len(maps) < 2:
+        return ""
+    import torch  # seconds to import: only for those who compare
+
+    from models.metrics import confusion, dice_per_target
+
+    prediction, truth = (torch.from_numpy(np.ascontiguousarray(maps[name])) for name in ("prediction", "truth"))
+    dice = dice_per_target(confusion(prediction, truth))
+    return "; Dice " + ", ".join(f"{region} {dice[region]:.3f}" for region in REGIONS)
 
 
 class Viewer:
@@ -68,6 +76,7 @@ class Viewer:
         self.figure, self.scene, self.plane = figure, scene, plane
         self.opacity, self.overlay_on = 0.5, True
         self.shown = next(iter(scene.maps), None)  # which label map
+        self.scores = describe_dice(scene.maps)
         self.panes, self.overlays, self.letters = [], [], []
         grid = figure.add_gridspec(2, 2, left=0.01, right=0.99, top=0.92, bottom=0.12, wspace=0.02, hspace=0.08)
         for channel, modality in enumerate(MODALITIES):
@@ -102,8 +111,9 @@ class Viewer:
         return self.scene.maps.get(self.shown)
 
     def most_tumour(self, plane: str) -> int:
-        return self.scene.image.shape[1 + PLANES[plane]] // 2 if self.label is None else largest_tumour_slice(
-            self.label, plane)
+        if self.label is None:
+            return self.scene.image.shape[1 + PLANES[plane]] // 2
+        return largest_tumour_slice(self.label, plane)
 
     def pixel_mm(self) -> tuple[float, float]:
         """Height and width of a pixel in the plane shown."""
@@ -112,7 +122,6 @@ class Viewer:
 
     def show_plane(self):
         """Fit the panes to the head in this plane, in mm so that thick slices keep their proportions."""
-
         rows, columns = slice_view(self.scene.image[0], self.plane, self.index).shape
         height_mm, width_mm = self.pixel_mm()
         # All slices seen through at once: where there is anything is the part worth showing.
@@ -160,15 +169,8 @@ class Viewer:
         ]
         self.figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.055), ncols=3, frameon=False,
                            labelcolor="white", fontsize=10)
-        line = f"segmentation: {self.shown}, whole tumour {sum(volumes.values()):.1f} ml"
-        if len(self.scene.maps) == 2:
-            scores = []
-            for region, labels in REGIONS.items():
-                truth, prediction = (np.isin(self.scene.maps[k], labels) for k in ("truth", "prediction"))
-                total = truth.sum() + prediction.sum()
-                scores.append(f"{region} {2 * (truth & prediction).sum() / total if total else 1.0:.3f}")
-            line += "; Dice " + ", ".join(scores)
-        self.legend_text.set_text(line)
+        whole_ml = sum(volumes.values())
+        self.legend_text.set_text(f"segmentation: {self.shown}, whole tumour {whole_ml:.1f} ml{self.scores}")
 
     # ---- answers
 

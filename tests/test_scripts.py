@@ -3,14 +3,19 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
+
+from models import build_model
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "evaluate.py"]
 
@@ -62,6 +67,26 @@ def test_preprocessing_says_what_it_found_and_records_what_it_did(raw, tensors):
     entry = manifest["cases"]["BraTS2021_00000"]
     assert len(entry["sources"]) == 5 and len(entry["sha256"]) == 64
     assert not list(tensors.glob(".*"))  # no temporary files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_killed_preprocessing_goes_on_where_it_stopped(raw, tmp_path):
+    for index in range(60):
+        (tmp_path / f"raw/C{index:02d}").mkdir(parents=True)
+        for file in (raw / "BraTS2021_00000").iterdir():
+            name = file.name.replace("BraTS2021_00000", f"C{index:02d}")
+            (tmp_path / f"raw/C{index:02d}/{name}").symlink_to(file)
+    command = [sys.executable, str(ROOT / "preprocess_brats.py"), "raw", "out", "--size", "96", "--workers", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "out/manifest.json").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = set(json.loads((tmp_path / "out/manifest.json").read_text())["cases"])
+    assert 0 < len(kept) < 60, "killed too late to test anything"
+    result = run_script("preprocess_brats.py", "raw", "out", "--size", 96, "--workers", 2, cwd=tmp_path)
+    assert f"{len(kept)} cases are done already, {60 - len(kept)} to do" in result.stdout
+    assert len(list((tmp_path / "out").glob("*.pt"))) == 60
 
 
 def test_other_settings_make_every_case_again(raw, tmp_path):
@@ -139,6 +164,36 @@ def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, r
     assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
 
 
+def copy_of_the_run(trained, folder, data=None):
+    """The trained run in another folder, recorded as trained on `data` if that is given."""
+    shutil.copytree(trained / RUN, trained / folder, ignore=shutil.ignore_patterns("evaluation-*"), dirs_exist_ok=True)
+    if data:
+        config = json.loads((trained / folder / "config.json").read_text())
+        config["arguments"]["data"] = data
+        (trained / folder / "config.json").write_text(json.dumps(config))
+    return trained / folder
+
+
+def test_two_networks_with_runs_of_one_name_are_told_apart(trained):
+    twin = copy_of_the_run(trained, "models/swinunetr/results/first")
+    tiny = {"feature_size": 12, "window_size": 2, "depths": [1, 1, 1, 1]}
+    model = build_model("swinunetr", **tiny)
+    checkpoint = torch.load(twin / "best.pt", weights_only=True)
+    changed = {"network": "swinunetr", "config": model.config, "model": model.state_dict()}
+    torch.save(checkpoint | changed, twin / "best.pt")
+    run_script("evaluate.py", RUN, twin, "--out", "both", cwd=trained)
+    assert {row["run"] for row in read(trained / "both/per_case.csv")} == {"unet-first", "swinunetr-first"}
+    assert (trained / "both/swinunetr-first_overlay_worst.png").is_file()
+
+
+def test_runs_that_cannot_be_told_apart_or_saw_other_data_are_refused(trained, raw):
+    same = run_script("evaluate.py", RUN, copy_of_the_run(trained, "copy/first"), cwd=trained, status=2)
+    assert "both called unet-first" in same.stderr
+    run_script("preprocess_brats.py", raw, "elsewhere", "--size", 48, cwd=trained)
+    other = copy_of_the_run(trained, "copy/second", data="elsewhere")
+    assert "say which with --data" in run_script("evaluate.py", RUN, other, cwd=trained, status=2).stderr
+
+
 def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -161,6 +216,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
         ("evaluate.py", RUN, "--raw", tmp_path / "empty"),
         ("evaluate.py", RUN, other),
         ("evaluate.py", RUN, "--data", tmp_path / "empty"),
+        ("evaluate.py", RUN, "--out", tmp_path / "file"),
     ]
     for script, *arguments in bad:
         result = run_script(script, *arguments, cwd=trained, status=2)

@@ -137,6 +137,10 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(tensors, tmp_pat
         train(tensors, tmp_path, "--epochs", 1)
     with pytest.raises(InputError, match="not what these flags ask for"):
         train(tensors, tmp_path, "--epochs", 2, "--resume", config={"channels": (4, 8, 16, 32, 32)})
+    last = tmp_path / "models/unet/results/test/last.pt"
+    torch.save(torch.load(last, weights_only=True) | {"network": "swinunetr"}, last)
+    with pytest.raises(InputError, match=r"a swinunetr of .* not what these flags ask for"):
+        train(tensors, tmp_path, "--epochs", 2, "--resume")
 
 
 def test_weights_load_strictly_or_not_at_all(tensors, tmp_path):

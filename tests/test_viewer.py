@@ -144,8 +144,9 @@ def test_saving_needs_no_display_and_a_window_does(tmp_path):
     saved = subprocess.run([*command, "--save", "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert saved.returncode == 0 and (tmp_path / "a.png").exists()
     if sys.platform == "linux":
-        refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert refused.returncode == 2 and "--save" in refused.stderr and "Traceback" not in refused.stderr
+        for backend in ({}, {"MPLBACKEND": "TkAgg"}, {"MPLBACKEND": "svg"}):
+            refused = subprocess.run(command, cwd=tmp_path, env=environment | backend, capture_output=True, text=True)
+            assert refused.returncode == 2 and "--save" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, tensors):

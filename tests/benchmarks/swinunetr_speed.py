@@ -22,7 +22,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from models.swinunetr.network import SwinUNETR
 
 CHANNELS_LAST = torch.channels_last_3d
-TOLERANCE = 1e-3  # of the logits, which are of the order of 1
+TOLERANCE = 1e-4  # of the logits, which are of the order of 1
 
 
 def contestants(feature_size: int) -> dict:
