@@ -25,9 +25,10 @@ def main() -> int:
     from models.dataset import read_split
 
     split = read_split(args.data, args.fold)
+    size = training.check_cases(args.data, split, "unet")
     device = training.setup(args)
     model = build_model("unet")
-    run = training.open_run(model, args, split, device)
+    run = training.open_run(model, args, split, size, device)
     minutes = training.fit(model, args, split, run, device)
     dice = training.test(model, args, split, run, device)
     training.report(run, split, dice, minutes)

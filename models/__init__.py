@@ -5,26 +5,37 @@ from pathlib import Path
 
 NETWORKS = ("unet", "swinunetr")  # each is a subpackage with DEFAULTS, SIZE_MULTIPLE and build(**config)
 CHECKPOINT_FORMAT = 1
+RUNTIME_SETTINGS = ("attention", "checkpointing")  # speed and memory; what the network computes is the same
 
 
 def build_model(name: str, **config):
     """A network with fresh weights that maps [B, 4, D, H, W] to label logits [B, 4, D, H, W].
 
-    `config` overrides the network's DEFAULTS. The result carries `network`, `config` (complete) and `size_multiple`
-    (every side of the input must be a multiple of it).
+    `config` overrides the network's DEFAULTS. The result carries `network` (its name) and `config` (complete).
     """
     from models.brats import InputError
 
-    if name not in NETWORKS:
-        raise InputError(f"no network is called {name!r}. There are: {', '.join(NETWORKS)}.")
-    network = import_module(f"models.{name}")
+    network = _subpackage(name)
     unknown = sorted(set(config) - set(network.DEFAULTS))
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}. It has: {', '.join(network.DEFAULTS)}.")
     config = network.DEFAULTS | config
     model = network.build(**config)
-    model.network, model.config, model.size_multiple = name, config, network.SIZE_MULTIPLE
+    model.network, model.config = name, config
     return model
+
+
+def size_multiple(name: str) -> int:
+    """Every side of a network's input must be a multiple of this."""
+    return _subpackage(name).SIZE_MULTIPLE
+
+
+def _subpackage(name: str):
+    from models.brats import InputError
+
+    if name not in NETWORKS:
+        raise InputError(f"no network is called {name!r}. There are: {', '.join(NETWORKS)}.")
+    return import_module(f"models.{name}")
 
 
 def load_model(run: str | Path, device="cpu"):

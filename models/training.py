@@ -21,7 +21,7 @@ from monai.losses import DiceCELoss
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models import CHECKPOINT_FORMAT, load_checkpoint, load_weights
+from models import CHECKPOINT_FORMAT, RUNTIME_SETTINGS, cost, load_checkpoint, load_weights, size_multiple
 from models.augment import augment
 from models.brats import LABELS, MODALITIES, TARGETS, InputError, write_atomically
 from models.dataset import Cases, batches, epoch_order, fits_in_memory, load_case, manifest_checksum
@@ -91,14 +91,15 @@ def peak_memory_gib(device: torch.device) -> float:
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
-def open_run(model, args, split: dict[str, list[str]], device: torch.device) -> Path:
-    """Check everything that could fail later, make the run folder, and write its config.json."""
+def open_run(model, args, split: dict[str, list[str]], size: list[int], device: torch.device) -> Path:
+    """Refuse a run that is there already, tell what the training will cost, make the run folder and write its
+    config.json. `size` is what `check_cases` returned."""
     run = Path("models", model.network, "results", args.run_name)
     if args.resume and not (run / "last.pt").is_file():
         raise InputError(f"--resume: {run / 'last.pt'} does not exist. Start the run without --resume.")
     if not args.resume and (run / "last.pt").exists():
         raise InputError(f"{run} holds a run already. Choose another --run-name, or go on with --resume.")
-    size = check_cases(args.data, split, model)
+    costs = cost.of_training(model, (args.batch_size, 4, *size), amp_dtype(args.amp, device), device.type)
     config = {
         "network": model.network,
         "model": model.config,
@@ -110,19 +111,22 @@ def open_run(model, args, split: dict[str, list[str]], device: torch.device) -> 
         "effective_batch_size": args.batch_size * args.accumulate * world_size(),
         "data_manifest_sha256": manifest_checksum(args.data),
         "split": split,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **costs,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
     }
     if rank() == 0:
+        print(f"{model.network}: {costs['parameters'] / 1e6:.1f} million parameters; {costs['gmac']:.1f} GMAC = "
+              f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
+              f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {args.batch_size}).")
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.json", json.dumps(config, indent=1))
     return run
 
 
-def check_cases(data: Path, split: dict[str, list[str]], model) -> list[int]:
+def check_cases(data: Path, split: dict[str, list[str]], network: str) -> list[int]:
     """Every case of the split is there, labelled and of a size that the network takes; returns that size."""
     names = [name for part in ("train", "validation", "test") for name in split[part]]
     sizes = {}
@@ -136,10 +140,11 @@ def check_cases(data: Path, split: dict[str, list[str]], model) -> list[int]:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise InputError(f"{first} is {a} and {second} is {b}. Preprocess all cases with one --size.")
     size = list(next(iter(sizes)))
-    if any(side % model.size_multiple for side in size):
-        fitting = max(model.size_multiple, round(size[0] / model.size_multiple) * model.size_multiple)
+    multiple = size_multiple(network)
+    if any(side % multiple for side in size):
+        fitting = max(multiple, round(size[0] / multiple) * multiple)
         raise InputError(
-            f"{data}: cases of {size} voxels, but {model.network} needs sides that {model.size_multiple} divides. "
+            f"{data}: cases of {size} voxels, but {network} needs sides that {multiple} divides. "
             f"Preprocess with --size {fitting}."
         )
     return size
@@ -350,7 +355,11 @@ def write_epoch(run: Path, history: list[dict], model, optimizer, scaler, args):
 def restore(path: Path, model, optimizer, scaler) -> list[dict]:
     """Load the state after the last whole epoch; returns the history."""
     checkpoint = load_checkpoint(path)
-    if checkpoint["network"] != model.network or checkpoint["config"] != json.loads(json.dumps(model.config)):
+    trained, asked = (
+        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
+        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
+    )
+    if checkpoint["network"] != model.network or trained != asked:
         raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
     load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -10,7 +10,7 @@ from conftest import ROOT
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from monai.networks.nets.swin_unetr import PatchMergingV2
 
-from models import build_model
+from models import build_model, size_multiple
 from models.brats import InputError
 from models.swinunetr import DEFAULTS
 from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
@@ -157,7 +157,7 @@ def test_impossible_settings_and_sides_are_refused():
 
 def test_it_is_built_by_name_with_the_defaults():
     model = build_model("swinunetr", **TINY)
-    assert model.config == DEFAULTS | TINY and model.size_multiple == 32
+    assert model.config == DEFAULTS | TINY and size_multiple("swinunetr") == 32
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model("swinunetr").parameters())
     assert parameters == 62_191_990

@@ -33,7 +33,8 @@ def train(data, folder, *flags, split=None, config=SMALL):
     os.chdir(folder)
     training.setup(args)
     model = build_model("unet", **config)
-    run = training.open_run(model, args, split, CPU)
+    size = training.check_cases(args.data, split, "unet")
+    run = training.open_run(model, args, split, size, CPU)
     training.fit(model, args, split, run, CPU)
     return model, Path(folder) / run
 

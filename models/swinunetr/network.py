@@ -110,6 +110,16 @@ def refuse_bad_sides(sides):
             )
 
 
+def refuse_large_window(window_size: int, sides):
+    """InputError if a window is larger than the finest token grid of a volume: no block would shift or even fill it."""
+    grid = min(sides) // 2
+    if window_size > grid:
+        raise InputError(
+            f"--window-size {window_size}: larger than the token grid of {grid} that {min(sides)} voxels give. "
+            f"Take {grid} or less (7 is usual), or preprocess to a larger --size."
+        )
+
+
 def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing):
     if feature_size < 12 or feature_size % 12:
         raise InputError(f"feature_size {feature_size}: must be a multiple of 12, such as 12, 24, 36 or 48.")
@@ -286,9 +296,10 @@ def instance_norm(x: Tensor) -> Tensor:
     last, loses too many digits in channels whose mean is large beside their spread.
     """
     if x.dtype in (torch.bfloat16, torch.float16):  # kernels that count in float32 are exact enough for these
-        return torch.cat([torch.batch_norm(s, None, None, None, None, True, 0.0, EPSILON, True) for s in x.split(1)])
+        normed = [torch.batch_norm(sample, None, None, None, None, True, 0.0, EPSILON, True) for sample in x.split(1)]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
     voxels = (2, 3, 4)
-    if torch.is_grad_enabled() or x.is_cuda:
+    if torch.is_grad_enabled() or not x.is_cpu:
         variance, mean = torch.var_mean(x, voxels, correction=0, keepdim=True)  # each [B, C, 1, 1, 1]
         scale = (variance + EPSILON).rsqrt()
         return torch.addcmul(-mean * scale, x, scale)

@@ -83,12 +83,12 @@ class WindowAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(C/h) + bias) v for q, k, v [G, h, N, C/h] and bias [1, h, N, N]."""
-        training_on_cpu = bias.requires_grad and not bias.is_cuda
+        training_on_cpu = bias.requires_grad and bias.is_cpu
         if self.attention == "reference" or (self.attention == "auto" and training_on_cpu):
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # [G, h, N, N]
             return logits.softmax(-1).to(v.dtype) @ v
         channels = q.shape[-1]
-        if q.is_cuda or channels >= CPU_CHANNELS:
+        if not q.is_cpu or channels >= CPU_CHANNELS:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         q, k, v = (F.pad(x, (0, CPU_CHANNELS - channels)) for x in (q, k, v))  # zeros change nothing
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=channels**-0.5)[..., :channels]

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Train the transformer, Swin UNETR, on preprocessed BraTS cases with the same loop as the U-Net, then test it.
+
+Writes models/swinunetr/results/<run>/: config.json, train.csv, training_plots.png, best.pt (best validation Dice),
+last.pt, test_results.csv and test_prediction_overlay.png. The defaults are the paper's network (feature size 48), which
+needs 6 GiB of GPU memory at 128x128x128; evaluate.py compares the run with one of the U-Net.
+
+  python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
+  python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (a GPU of 4 to 6 GB)
+  torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
+  python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit 8:
+                                                                              a minute on a CPU)
+"""
+
+from models import cli
+
+
+def arguments():
+    parser = cli.parser(__doc__)
+    cli.add_training_arguments(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument("--feature-size", type=cli.positive_int, default=48,
+                         help="channels of the finest level, a multiple of 12: memory grows with it, arithmetic with "
+                              "its square")
+    network.add_argument("--window-size", type=cli.positive_int, default=7,
+                         help="tokens (of 2 voxels) along a side of an attention window; 8 needs no padding at 128")
+    network.add_argument("--checkpointing", choices=("none", "blocks", "full"), default="none",
+                         help="compute activations again in the backward pass instead of keeping them: those of the "
+                              "Swin blocks, or of the convolutions too; slower steps, less memory")
+    network.add_argument("--attention", choices=("reference", "sdpa", "auto"), default="auto",
+                         help="written-out formula, torch's fused kernels, or the faster of them on this device")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    from models import build_model, training
+    from models.dataset import read_split
+    from models.swinunetr.network import refuse_large_window
+
+    split = read_split(args.data, args.fold)
+    size = training.check_cases(args.data, split, "swinunetr")
+    refuse_large_window(args.window_size, size)
+    device = training.setup(args)
+    settings = {"feature_size": args.feature_size, "window_size": args.window_size}
+    model = build_model("swinunetr", **settings, attention=args.attention, checkpointing=args.checkpointing)
+    run = training.open_run(model, args, split, size, device)
+    minutes = training.fit(model, args, split, run, device)
+    dice = training.test(model, args, split, run, device)
+    training.report(run, split, dice, minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
