@@ -4,11 +4,16 @@
 Writes per_case.csv, summary.json and overlays of the best, median and worst case to --out. With --raw the prediction is
 also taken back to the grid of the original files and scored there, which is what other papers' numbers mean.
 
+Several runs are compared on the same cases, the first with each of the others: comparison.csv (a row per run),
+comparison_dice.png (every case under each run), Wilcoxon's paired test, and overlays of the cases that differ most.
+
   python evaluate.py models/unet/results/RUN
+  python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble
   python evaluate.py models/unet/results/RUN --raw data/BraTS2021_Training_Data --tta --save-nifti predictions
   python evaluate.py models/unet/results/RUN --split validation --device cpu
 """
 
+import csv
 import json
 import statistics
 import time
@@ -24,6 +29,7 @@ def arguments():
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="which cases to score")
     parser.add_argument("--raw", type=Path, help="raw cases: score on the original voxel grid too")
     parser.add_argument("--tta", action="store_true", help="average over the 8 mirror images: 8 times the work")
+    parser.add_argument("--ensemble", action="store_true", help="score the mean of the runs' probabilities as well")
     parser.add_argument("--save-nifti", type=Path, metavar="DIR",
                         help="write the predictions here, on the original grid with the original label values")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation-<split>/ in the first run)")
@@ -35,7 +41,10 @@ def main() -> int:
     args = arguments()
     from models import load_model, training
     from models.brats import InputError, find_cases, write_atomically
+    from models.metrics import compare, summarise
 
+    if args.ensemble and len(args.runs) < 2:
+        raise InputError("--ensemble: name two runs or more.")
     device = training.choose_device(args.device)
     dtype = training.amp_dtype(args.amp, device)
     loaded = {run: load_model(run, device) for run in args.runs}  # before any work: a wrong file must not cost an hour
@@ -49,22 +58,32 @@ def main() -> int:
     for folder in filter(None, (out, args.save_nifti)):
         folder.mkdir(parents=True, exist_ok=True)
 
-    rows, summary = [], {"split": args.split, "cases": len(names), "tta": args.tta, "runs": {}}
-    for name, (model, checkpoint) in zip(called, loaded.values(), strict=True):
-        scored, maps, seconds = score_run(name, model, data, names, raw, args, device, dtype)
+    contestants = {name: [loaded[run]] for name, run in zip(called, args.runs, strict=True)}
+    if args.ensemble:
+        contestants["ensemble"] = list(loaded.values())
+    rows, maps, summary = [], {}, {"split": args.split, "cases": len(names), "tta": args.tta, "runs": {}}
+    for name, members in contestants.items():
+        models = [model for model, _ in members]
+        scored, maps[name], seconds = score_run(name, models, data, names, raw, args, device, dtype)
         rows += scored
+        run = args.runs[called.index(name)] if name in called else None
         summary["runs"][name] = {
-            "network": checkpoint["network"],
-            "epoch": checkpoint["epoch"],
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "network": "+".join(dict.fromkeys(checkpoint["network"] for _, checkpoint in members)),
+            "epoch": members[0][1]["epoch"] if run else None,
+            **costs(models, data, names[0], run),
             "forward_seconds_per_case": statistics.median(seconds),
             **summarise(scored),
         }
-        draw_extremes(name, scored, maps, data, out, prefix=f"{name}_" if len(loaded) > 1 else "")
+        draw_extremes(name, scored, maps[name], data, out, prefix=f"{name}_" if len(contestants) > 1 else "")
+    if len(contestants) > 1:
+        others = list(contestants)[1:]
+        summary["comparisons"] = [row for other in others for row in compare(rows, called[0], other)]
+        draw_comparison(summary, rows, maps, data, out)
+        training.write_csv(out / "comparison.csv", comparison_table(summary))
     training.write_csv(out / "per_case.csv", rows)
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     print_table(summary, args)
-    print(f"Written to {out}: per_case.csv, summary.json, overlay_best.png, overlay_median.png, overlay_worst.png"
+    print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir()))
           + (f"; predictions in {args.save_nifti}" if args.save_nifti else ""))
     return 0
 
@@ -110,8 +129,27 @@ def choose_cases(args) -> tuple[Path, list[str]]:
     return chosen[first][:2]
 
 
-def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
-    """Predict every case. Returns rows for per_case.csv, case -> label map uint8 [D, H, W], and seconds per case."""
+def costs(models: list, data: Path, case: str, run: Path | None) -> dict:
+    """Parameters and GMAC per volume of the networks together, and how many minutes the run trained."""
+    from models.cost import forward_macs, parameter_count
+    from models.dataset import load_case
+
+    shape = (1, *load_case(data / f"{case}.pt", as_stored=True)["image"].shape)
+    log = folder_of(run) / "train.csv" if run else None
+    minutes = None
+    if log and log.is_file():
+        with log.open(newline="") as file:
+            minutes = sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+    return {
+        "parameters": sum(map(parameter_count, models)),
+        "gmac": sum(forward_macs(model, shape) for model in models) / 1e9,
+        "training_minutes": minutes,
+    }
+
+
+def score_run(run: str, models: list, data: Path, names, raw, args, device, dtype):
+    """Predict every case, by the mean of the models' probabilities. Returns rows for per_case.csv, case -> label map
+    uint8 [D, H, W], and seconds per case."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -128,7 +166,7 @@ def score_run(run: str, model, data: Path, names, raw, args, device, dtype):
             raise InputError(f"{data / name}.pt: has no label, so it cannot be scored.")
         image = case["image"].to(device)
         start = time.perf_counter()
-        probabilities = predict(model, image, dtype, args.tta)  # [4, D, H, W]
+        probabilities = sum(predict(model, image, dtype, args.tta) for model in models) / len(models)  # [4, D, H, W]
         prediction = probabilities.argmax(0).to(torch.uint8).cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
         maps[name] = prediction.numpy()
@@ -161,25 +199,16 @@ def score_case(run: str, case: str, space: str, prediction, truth, voxel_ml: flo
     ]  # fmt: skip
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Per space and target: mean, standard deviation, median and range of the Dice, and how often a mask was empty."""
-    summary = {}
-    for space in sorted({row["space"] for row in rows}):
-        summary[space] = {}
-        for target in dict.fromkeys(row["target"] for row in rows):
-            chosen = [row for row in rows if row["space"] == space and row["target"] == target]
-            dice = [row["dice"] for row in chosen]
-            empty = [(row["predicted_ml"] == 0) + (row["true_ml"] == 0) for row in chosen]
-            summary[space][target] = {
-                "mean": statistics.fmean(dice),
-                "sd": statistics.stdev(dice) if len(dice) > 1 else 0.0,
-                "median": statistics.median(dice),
-                "min": min(dice),
-                "max": max(dice),
-                "both_empty": empty.count(2),
-                "one_empty": empty.count(1),
-            }
-    return summary
+def comparison_table(summary: dict) -> list[dict]:
+    """A row per run: mean Dice by target in each space, and what the network costs."""
+    rows = []
+    for name, run in summary["runs"].items():
+        spaces = [space for space in ("network", "native") if space in run]
+        dice = {f"dice_{space}_{target}": run[space][target]["mean"] for space in spaces for target in run[space]}
+        cost = {key: run[key] for key in ("parameters", "gmac", "forward_seconds_per_case", "training_minutes")}
+        rows.append({"run": name, "network": run["network"], "split": summary["split"], "cases": summary["cases"],
+                     **dice, **cost})  # fmt: skip
+    return rows
 
 
 def print_table(summary: dict, args):
@@ -187,16 +216,25 @@ def print_table(summary: dict, args):
 
     print(f"\nDice, mean ± sd over {summary['cases']} {args.split} cases" + (", 8 mirror images" if args.tta else ""))
     width = max(len(name) for name in ("run", *summary["runs"]))
-    print(f"{'run':{width}}  {'space':8}" + "".join(f"{target:>15}" for target in TARGETS) + f"{'s/case':>9}")
+    print(f"{'run':{width}}  {'space':8}" + "".join(f"{target:>14}" for target in TARGETS)
+          + f"{'M param':>9}{'GMAC':>8}{'s/case':>8}{'min':>7}")
     for name, run in summary["runs"].items():
+        minutes = "-" if run["training_minutes"] is None else f"{run['training_minutes']:.1f}"
+        cost = f"{run['parameters'] / 1e6:9.1f}{run['gmac']:8.1f}{run['forward_seconds_per_case']:8.2f}{minutes:>7}"
         for space in ("network", "native"):
             if space in run:
-                cells = "".join(f"{run[space][t]['mean']:8.4f} ±{run[space][t]['sd']:.3f}" for t in TARGETS)
-                print(f"{name:{width}}  {space:8}{cells}{run['forward_seconds_per_case']:9.2f}")
+                cells = "".join(f"{run[space][t]['mean']:8.4f}±{run[space][t]['sd']:.3f}" for t in TARGETS)
+                print(f"{name:{width}}  {space:8}{cells}{cost}")
                 both = {t: run[space][t]["both_empty"] for t in TARGETS if run[space][t]["both_empty"]}
                 one = {t: run[space][t]["one_empty"] for t in TARGETS if run[space][t]["one_empty"]}
                 print(f"{'':{width}}  truth and prediction empty (Dice 1): {both or 'never'}; "
                       f"one of them (Dice 0): {one or 'never'}")
+    print("M param: million parameters; GMAC per volume; s/case: the network alone; min: training")
+    for row in summary.get("comparisons", []):
+        print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference "
+              f"{row['mean_difference']:+.4f}, Wilcoxon p {row['wilcoxon_p']:.3g} ({row['cases']} cases)")
+    if summary.get("comparisons") and summary["cases"] < 6:
+        print(f"With {summary['cases']} cases no difference can reach p < 0.05.")
 
 
 def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path, prefix: str):
@@ -206,10 +244,7 @@ def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path,
     from models.metrics import mean_label_dice
     from models.plots import prediction_overlay
 
-    dice = {}
-    for row in rows:
-        if row["space"] == "network":
-            dice.setdefault(row["case"], {})[row["target"]] = row["dice"]
+    dice = dice_of_cases(rows, run)
     ranked = sorted(dice, key=lambda case: mean_label_dice(dice[case]), reverse=True)
     for role, name in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         case = load_case(data / f"{name}.pt")
@@ -217,6 +252,44 @@ def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path,
         title = f"{run}: {role} of {len(ranked)} cases by mean label Dice: {name}\nDice {scores}"
         path = out / f"{prefix}overlay_{role}.png"
         prediction_overlay(case["image"].numpy(), case["label"][0].numpy(), {"prediction": maps[name]}, path, title)
+
+
+def draw_comparison(summary: dict, rows: list[dict], maps: dict, data: Path, out: Path):
+    """comparison_dice.png, and comparison_overlay_1.png to _3.png: the cases whose mean label Dice differs most between
+    the first run and another."""
+    from models.brats import REGIONS
+    from models.dataset import load_case
+    from models.metrics import mean_label_dice
+    from models.plots import paired_dice, prediction_overlay
+
+    dice = {run: dice_of_cases(rows, run) for run in summary["runs"]}
+    first, *others = dice
+    tests = [row for row in summary["comparisons"] if row["space"] == "network"]
+    notes = {region: "Wilcoxon p " + ", ".join(f"{row['wilcoxon_p']:.2g}" for row in tests if row["target"] == region)
+             for region in REGIONS}  # fmt: skip
+    scores = {region: {run: [case[region] for case in cases.values()] for run, cases in dice.items()}
+              for region in REGIONS}  # fmt: skip
+    title = f"{summary['cases']} {summary['split']} cases; each run tested against {first}"
+    paired_dice(scores, out / "comparison_dice.png", title, notes)
+
+    means = {run: {case: mean_label_dice(scores) for case, scores in cases.items()} for run, cases in dice.items()}
+    spread = {case: max(abs(means[run][case] - means[first][case]) for run in others) for case in means[first]}
+    for place, name in enumerate(sorted(spread, key=spread.get, reverse=True)[:3], start=1):
+        case = load_case(data / f"{name}.pt")
+        title = f"{name}, number {place} of the cases that differ most\nmean label Dice "
+        title += ", ".join(f"{run} {means[run][name]:.3f}" for run in means)
+        path = out / f"comparison_overlay_{place}.png"
+        shown = {run: maps[run][name] for run in maps}
+        prediction_overlay(case["image"].numpy(), case["label"][0].numpy(), shown, path, title)
+
+
+def dice_of_cases(rows: list[dict], run: str) -> dict[str, dict[str, float]]:
+    """case -> target -> Dice of one run in network space."""
+    dice = {}
+    for row in rows:
+        if row["run"] == run and row["space"] == "network":
+            dice.setdefault(row["case"], {})[row["target"]] = row["dice"]
+    return dice
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ needs 6 GiB of GPU memory at 128x128x128; evaluate.py compares the run with one 
   python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
   python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (a GPU of 4 to 6 GB)
   torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
-  python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA made with --size 64 --limit 8: a minute
-                                                                              on a CPU)
+  python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit
+                                                                              8: a minute on a CPU)
 """
 
 from models import cli

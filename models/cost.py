@@ -20,12 +20,12 @@ LOWERED = {"linear", "conv3d", "conv_transpose3d", "matmul", "__matmul__", "bmm"
 RAISED = {"layer_norm", "softmax"}
 
 
-def of_training(model, shape, amp_dtype: torch.dtype | None, device_type: str) -> dict:
+def of_training(model, shape, amp_dtype: torch.dtype | None) -> dict:
     """What a run tells before it begins and records: parameters, GMAC per volume, and the peak of a training step."""
     return {
         "parameters": parameter_count(model),
         "gmac": forward_macs(model, (1, *shape[1:])) / 1e9,
-        "expected_peak_gib": training_peak_gib(model, shape, amp_dtype, device_type),
+        "expected_peak_gib": training_peak_gib(model, shape, amp_dtype),
     }
 
 
@@ -40,20 +40,19 @@ def forward_macs(model, shape) -> int:
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        _on_meta(model, "cpu").eval()(torch.empty(shape, device="meta"))
+        _on_meta(model).eval()(torch.empty(shape, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def training_peak_gib(model, shape, amp_dtype: torch.dtype | None, device_type: str = "cuda") -> float:
+def training_peak_gib(model, shape, amp_dtype: torch.dtype | None) -> float:
     """Most memory that tensors hold at once in a training step with AdamW and our loss, on a batch of `shape`.
 
     Runs two steps without data (the second one has the optimiser's moments from the beginning) and follows every
     tensor from the operation that makes it until it is freed, those that only the backward pass makes included. What
     kernels use inside and never hand out, such as the workspaces of cuDNN, is not seen.
     """
-    model = _on_meta(model, device_type).train()
-    if amp_dtype is not None:
-        _lower_precision(model, amp_dtype)
+    model = _on_meta(model).train()
+    _run_as_on_cuda(model, amp_dtype or torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
     loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
     live = LiveMemory()
@@ -69,14 +68,9 @@ def training_peak_gib(model, shape, amp_dtype: torch.dtype | None, device_type: 
     return live.peak / GIB
 
 
-def _on_meta(model, device_type: str):
-    """A copy of a network without its numbers, which takes the same branches as on a device of that type."""
-    model = deepcopy(model).to("meta")
-    if device_type == "cpu":
-        for module in model.modules():
-            if getattr(module, "attention", None) == "auto":
-                module.attention = "reference"  # what "auto" is when training on a CPU
-    return model
+def _on_meta(model):
+    """A copy of a network without its numbers."""
+    return deepcopy(model).to("meta")
 
 
 class LiveMemory(TorchDispatchMode):
@@ -110,7 +104,8 @@ class LiveMemory(TorchDispatchMode):
 
 
 class MetaAutocast(TorchFunctionMode):
-    """What autocast on CUDA does to types, for tensors on the meta device, which torch's own leaves alone."""
+    """For tensors on the meta device, what CUDA does: the types of autocast to `dtype` (float32: none), and the fused
+    attention kernel."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -139,7 +134,7 @@ class MetaAutocast(TorchFunctionMode):
         return self.weights[value]
 
 
-def _lower_precision(model, dtype: torch.dtype):
+def _run_as_on_cuda(model, dtype: torch.dtype):
     """Make every module run under MetaAutocast, also when checkpointing calls it again in the backward pass."""
     autocast = MetaAutocast(dtype)
 

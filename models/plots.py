@@ -107,14 +107,39 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
     _save(figure, path, rect=(0, 0.05, 1, 1))
 
 
+def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, notes: dict[str, str]):
+    """Dice of every case under each run, a line joining the same case: one panel per target.
+
+    Args:
+        scores: target -> run -> Dice of the cases, in one order.
+        notes: target -> a line below the panel's title.
+    """
+    figure, grid = _subplots(1, len(scores), figsize=(4 * len(scores), 5), sharey=True, squeeze=False)
+    for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
+        places = range(len(by_run))
+        for dice in zip(*by_run.values(), strict=True):
+            axes.plot(places, dice, color="#0072B2", marker="o", ms=4, lw=1, alpha=0.5)
+        means = [sum(dice) / len(dice) for dice in by_run.values()]
+        axes.plot(places, means, color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
+        axes.set_xticks(places, by_run, rotation=20, ha="right")
+        axes.set(xlim=(-0.5, len(by_run) - 0.5), ylim=(-0.03, 1.03))
+        axes.set_title(f"{target}\n{notes[target]}", fontsize=11)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("Dice; a line is a case")
+    grid[0][0].legend()
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def _subplots(*args, **kwargs):
     """Like pyplot.subplots, without its global state: needs no display and leaks no figure."""
     from matplotlib.figure import Figure
 
     rows, columns = args
     squeeze = kwargs.pop("squeeze", True)
+    sharey = kwargs.pop("sharey", False)
     figure = Figure(**kwargs)
-    return figure, figure.subplots(rows, columns, squeeze=squeeze)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze, sharey=sharey)
 
 
 def _patch(color, label: str):

@@ -99,7 +99,7 @@ def open_run(model, args, split: dict[str, list[str]], size: list[int], device: 
         raise InputError(f"--resume: {run / 'last.pt'} does not exist. Start the run without --resume.")
     if not args.resume and (run / "last.pt").exists():
         raise InputError(f"{run} holds a run already. Choose another --run-name, or go on with --resume.")
-    costs = cost.of_training(model, (args.batch_size, 4, *size), amp_dtype(args.amp, device), device.type)
+    costs = cost.of_training(model, (args.batch_size, 4, *size), amp_dtype(args.amp, device))
     config = {
         "network": model.network,
         "model": model.config,

@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
-from models import build_model
+from models import build_model, load_model
 
-SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "evaluate.py"]
+SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",
+           "evaluate.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,17 @@ def trained(tensors, tmp_path_factory):
 
 
 RUN = "models/unet/results/first"
+SWIN_RUN = "models/swinunetr/results/swin"
+
+
+@pytest.fixture(scope="module")
+def compared(trained, tensors):
+    """What evaluate.py said of the U-Net's run and one of a small Swin UNETR, and the folder that it wrote."""
+    flags = ["--feature-size", 12, "--window-size", 4, "--checkpointing", "blocks", "--epochs", 1, "--run-name", "swin"]
+    training = run_script("train_swinunetr.py", tensors, *flags, cwd=trained)
+    evaluation = run_script("evaluate.py", RUN, SWIN_RUN, "--ensemble", "--split", "train", "--out", "compared",
+                            cwd=trained)  # fmt: skip
+    return training, evaluation, trained / "compared"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -186,6 +198,49 @@ def test_two_networks_with_runs_of_one_name_are_told_apart(trained):
     assert (trained / "both/swinunetr-first_overlay_worst.png").is_file()
 
 
+def test_the_transformer_tells_its_cost_before_it_trains_and_records_it(compared, trained):
+    training, _, _ = compared
+    first = training.stdout.splitlines()[0]
+    config = json.loads((trained / SWIN_RUN / "config.json").read_text())
+    for told in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
+        assert told in first
+    assert config["model"]["window_size"] == 4 and config["model"]["checkpointing"] == "blocks"
+    assert config["parameters"] == sum(p.numel() for p in build_model("swinunetr", **config["model"]).parameters())
+
+
+def test_two_runs_are_compared_case_by_case(compared, trained):
+    _, evaluation, out = compared
+    summary = json.loads((out / "summary.json").read_text())
+    rows = read(out / "per_case.csv")
+    table = {row["run"]: row for row in read(out / "comparison.csv")}
+    assert list(table) == ["first", "swin", "ensemble"]
+    for run, row in table.items():
+        dice = [float(r["dice"]) for r in rows if r["run"] == run and r["target"] == "TC"]
+        assert len(dice) == 10 and float(row["dice_network_TC"]) == pytest.approx(np.mean(dice), abs=1e-5)
+    trained_s = sum(float(row["seconds"]) for row in read(trained / SWIN_RUN / "train.csv"))
+    assert float(table["swin"]["training_minutes"]) == pytest.approx(trained_s / 60, rel=1e-4)
+    assert float(table["ensemble"]["gmac"]) == pytest.approx(
+        float(table["first"]["gmac"]) + float(table["swin"]["gmac"]), rel=1e-4
+    )
+    pairs = {(row["first"], row["second"]) for row in summary["comparisons"]}
+    assert pairs == {("first", "swin"), ("first", "ensemble")}
+    assert "Wilcoxon p" in evaluation.stdout and "GMAC" in evaluation.stdout
+    pictures = {path.name for path in out.glob("comparison*.png")}
+    assert pictures == {"comparison_dice.png", *(f"comparison_overlay_{place}.png" for place in (1, 2, 3))}
+
+
+def test_the_ensemble_is_the_mean_of_the_probabilities(compared, trained, tensors):
+    _, _, out = compared
+    case = next(row["case"] for row in read(out / "per_case.csv"))
+    loaded = torch.load(tensors / f"{case}.pt", weights_only=True)
+    with torch.no_grad():
+        probabilities = sum(load_model(trained / run)[0](loaded["image"][None]).softmax(1) for run in (RUN, SWIN_RUN))
+    predicted, truth = probabilities.argmax(1)[0] > 0, loaded["label"][0] > 0
+    expected = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
+    row = next(r for r in read(out / "per_case.csv") if (r["run"], r["case"], r["target"]) == ("ensemble", case, "WT"))
+    assert float(row["dice"]) == pytest.approx(expected.item(), abs=1e-3)
+
+
 def test_runs_that_cannot_be_told_apart_or_saw_other_data_are_refused(trained, raw):
     same = run_script("evaluate.py", RUN, copy_of_the_run(trained, "copy/first"), cwd=trained, status=2)
     assert "both called unet-first" in same.stderr
@@ -212,6 +267,9 @@ def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
         ("train_unet.py", tensors, "--fold", 9),
         ("train_unet.py", tensors, "--run-name", "first"),
         ("train_unet.py", tensors, "--amp", "fp16", "--device", "cpu"),
+        ("train_swinunetr.py", tensors, "--window-size", 17),
+        ("train_swinunetr.py", tensors, "--feature-size", 20),
+        ("evaluate.py", RUN, "--ensemble"),
         ("evaluate.py", "nowhere"),
         ("evaluate.py", RUN, "--raw", tmp_path / "empty"),
         ("evaluate.py", RUN, other),

@@ -12,7 +12,7 @@ from monai.networks.nets.swin_unetr import PatchMergingV2
 
 from models import build_model, size_multiple
 from models.brats import InputError
-from models.swinunetr import DEFAULTS
+from models.swinunetr import DEFAULTS, blocked_attention
 from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
 from models.swinunetr.network import SwinUNETR, instance_norm
 from models.swinunetr.window_attention import WindowAttention, mask_groups
@@ -63,6 +63,26 @@ def test_gradients_are_those_of_monai(checkpointing, attention):
         (model(image) * weight).sum().backward()
     for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2, 5])
+def test_attention_part_by_part_has_the_values_and_gradients_of_the_formula(windows_at_once, monkeypatch):
+    heads, tokens = 2, 6
+    monkeypatch.setattr(blocked_attention, "LOGITS_AT_ONCE", windows_at_once * heads * tokens**2)
+    q, k, v = torch.randn(3, 5, tokens, heads, 4, dtype=torch.float64).transpose(2, 3).unbind()  # strided, as in use
+    bias = torch.randn(1, heads, tokens, tokens, dtype=torch.float64)
+    expected = (q @ k.mT / 2 + bias).softmax(-1) @ v
+    torch.testing.assert_close(blocked_attention.BlockedAttention.apply(q, k, v, bias), expected)
+    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+    assert torch.autograd.gradcheck(blocked_attention.BlockedAttention.apply, inputs)
+
+
+def test_attention_in_half_precision_rounds_only_its_result():
+    q, k, v = torch.randn(3, 4, 2, 9, 8).bfloat16().unbind()
+    bias = torch.randn(1, 2, 9, 9)
+    expected = (q.double() @ k.double().mT * 8**-0.5 + bias).softmax(-1) @ v.double()
+    actual = blocked_attention.BlockedAttention.apply(q, k, v, bias)
+    torch.testing.assert_close(actual, expected.bfloat16(), rtol=8e-3, atol=1e-5)  # one step of bf16
 
 
 def test_training_and_inference_agree():

@@ -110,23 +110,23 @@ def _bias(table, place_q, place_k, key, TOKENS: tl.constexpr, SIDE: tl.constexpr
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, stride_g, stride_h, stride_n, scale, heads, n_d, n_h, n_w,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(TOKENS, BLOCK_M)
+    blocks = tl.cdiv(TOKENS, BLOCK)
     head = tl.program_id(0) // blocks % heads
     window = (tl.program_id(0) // blocks // heads).to(tl.int64)  # offsets between windows can exceed 2^31
-    query = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     table = table_ptr + head * (2 * SIDE - 1) * (2 * SIDE - 1) * (2 * SIDE - 1)
     place_q = _place(query, TOKENS, SIDE)[:, None]
     region_q = _region(query, window, n_d, n_h, n_w, WINDOW, SHIFT)[:, None]
 
     start = window * stride_g + head * stride_h
     q = _load(q_ptr + start, query, stride_n, TOKENS, CHANNELS, BLOCK_C)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest logit so far of every query
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for first in range(0, TOKENS, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest logit so far of every query
+    total = tl.zeros([BLOCK], tl.float32)
+    mixed = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    for first in range(0, TOKENS, STEP):
+        key = first + tl.arange(0, STEP)
         k = _load(k_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
         v = _load(v_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
@@ -151,12 +151,12 @@ def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, grad_out_ptr, grad_q_ptr, delta_ptr,
     stride_g, stride_h, stride_n, scale, heads, n_d, n_h, n_w,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(TOKENS, BLOCK_M)
+    blocks = tl.cdiv(TOKENS, BLOCK)
     head = tl.program_id(0) // blocks % heads
     window = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    query = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     table = table_ptr + head * (2 * SIDE - 1) * (2 * SIDE - 1) * (2 * SIDE - 1)
     place_q = _place(query, TOKENS, SIDE)[:, None]
     region_q = _region(query, window, n_d, n_h, n_w, WINDOW, SHIFT)[:, None]
@@ -170,9 +170,9 @@ def _query_gradient_kernel(
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=query < TOKENS)
     lse = tl.load(lse_ptr + row, mask=query < TOKENS, other=float("inf"))  # no probability beyond the last query
-    grad_q = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for first in range(0, TOKENS, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
+    grad_q = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    for first in range(0, TOKENS, STEP):
+        key = first + tl.arange(0, STEP)
         k = _load(k_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
         v = _load(v_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
@@ -192,12 +192,12 @@ def _key_value_gradient_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr, delta_ptr, grad_out_ptr, grad_k_ptr, grad_v_ptr,
     stride_g, stride_h, stride_n, scale, heads, n_d, n_h, n_w,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(TOKENS, BLOCK_N)
+    blocks = tl.cdiv(TOKENS, BLOCK)
     head = tl.program_id(0) // blocks % heads
     window = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    key = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     table = table_ptr + head * (2 * SIDE - 1) * (2 * SIDE - 1) * (2 * SIDE - 1)
     place_k = _place(key, TOKENS, SIDE)[:, None]
     region_k = _region(key, window, n_d, n_h, n_w, WINDOW, SHIFT)[:, None]
@@ -207,10 +207,10 @@ def _key_value_gradient_kernel(
     row = (window * heads + head) * TOKENS
     k = _load(k_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
     v = _load(v_ptr + start, key, stride_n, TOKENS, CHANNELS, BLOCK_C)
-    grad_k = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for first in range(0, TOKENS, BLOCK_M):
-        query = first + tl.arange(0, BLOCK_M)
+    grad_k = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    grad_v = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    for first in range(0, TOKENS, STEP):
+        query = first + tl.arange(0, STEP)
         q = _load(q_ptr + start, query, stride_n, TOKENS, CHANNELS, BLOCK_C)
         grad_out = _load(grad_out_ptr + result, query, heads * CHANNELS, TOKENS, CHANNELS, BLOCK_C)
         lse = tl.load(lse_ptr + row + query, mask=query < TOKENS, other=float("inf"))
@@ -235,12 +235,12 @@ def _table_gradient_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr, delta_ptr, grad_out_ptr, grad_table_ptr,
     stride_g, stride_h, stride_n, scale, heads, n_d, n_h, n_w, windows, windows_per_program,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks_q = tl.cdiv(TOKENS, BLOCK_M)
-    blocks_k = tl.cdiv(TOKENS, BLOCK_N)
-    query = tl.program_id(0) % blocks_q * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = tl.program_id(0) // blocks_q % blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_q = tl.cdiv(TOKENS, BLOCK)
+    blocks_k = tl.cdiv(TOKENS, STEP)
+    query = tl.program_id(0) % blocks_q * BLOCK + tl.arange(0, BLOCK)
+    key = tl.program_id(0) // blocks_q % blocks_k * STEP + tl.arange(0, STEP)
     head = tl.program_id(0) // (blocks_q * blocks_k) % heads
     first = tl.program_id(0) // (blocks_q * blocks_k) // heads * windows_per_program
     first_row = head * (2 * SIDE - 1) * (2 * SIDE - 1) * (2 * SIDE - 1)
@@ -248,7 +248,7 @@ def _table_gradient_kernel(
     place_k = _place(key, TOKENS, SIDE)[None, :]
     bias = _bias(table_ptr + first_row, place_q, place_k, key[None, :], TOKENS, SIDE)
 
-    grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    grad_bias = tl.zeros([BLOCK, STEP], tl.float32)
     for number in range(first, tl.minimum(first + windows_per_program, windows)):
         window = tl.cast(number, tl.int64)
         start = window * stride_g + head * stride_h
@@ -286,7 +286,7 @@ def _attention(
     q, k, v = _alike(q, k, v)
     out, lse = _empty_like_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, constants = _sizes(q, window, counts, shift, window_size)
-    grid = (triton.cdiv(q.shape[2], constants["BLOCK_M"]) * q.shape[1] * q.shape[0],)
+    grid = (triton.cdiv(q.shape[2], constants["BLOCK"]) * q.shape[1] * q.shape[0],)
     with torch.cuda.device_of(q):
         _forward_kernel[grid](q, k, v, _by_head(table), out, lse, *sizes, **constants)
     return out, lse
@@ -302,11 +302,9 @@ def _gradients(
     grad_q, grad_k, grad_v, delta = *(_empty_like_out(q) for _ in range(3)), torch.empty_like(lse)
     table, out, grad_out = _by_head(table), _by_token(out), _by_token(grad_out)
     sizes, constants = _sizes(q, window, counts, shift, window_size)
-    programs = q.shape[1] * q.shape[0]
+    grid = (triton.cdiv(q.shape[2], constants["BLOCK"]) * q.shape[1] * q.shape[0],)
     with torch.cuda.device_of(q):
-        grid = (triton.cdiv(q.shape[2], constants["BLOCK_M"]) * programs,)
         _query_gradient_kernel[grid](q, k, v, table, out, lse, grad_out, grad_q, delta, *sizes, **constants)
-        grid = (triton.cdiv(q.shape[2], constants["BLOCK_N"]) * programs,)
         _key_value_gradient_kernel[grid](q, k, v, table, lse, delta, grad_out, grad_k, grad_v, *sizes, **constants)
     return grad_q, grad_k, grad_v, delta
 
@@ -320,7 +318,7 @@ def _table_gradient(
     q, k, v = _alike(q, k, v)
     grad_table = torch.zeros_like(table.t(), dtype=torch.float32, memory_format=torch.contiguous_format)  # [h, T]
     sizes, constants = _sizes(q, window, counts, shift, window_size)
-    tiles = triton.cdiv(q.shape[2], constants["BLOCK_M"]) * triton.cdiv(q.shape[2], constants["BLOCK_N"]) * q.shape[1]
+    tiles = triton.cdiv(q.shape[2], constants["BLOCK"]) * triton.cdiv(q.shape[2], constants["STEP"]) * q.shape[1]
     windows_per_program = triton.cdiv(q.shape[0], max(1, TABLE_PROGRAMS // tiles))
     grid = (tiles * triton.cdiv(q.shape[0], windows_per_program),)
     with torch.cuda.device_of(q):
@@ -369,12 +367,12 @@ _attention.register_autograd(_backward, setup_context=_save)
 def _sizes(q: Tensor, window, counts, shift, window_size):
     """The arguments that end every kernel's list, and its compile-time constants."""
     _, heads, tokens, channels = q.shape
-    block = min(64, max(16, triton.next_power_of_2(tokens)))
+    padded, block_c = (max(16, triton.next_power_of_2(n)) for n in (tokens, channels))  # matrix units take 16 or more
+    wide = block_c * q.element_size() > 128  # bytes of a row; then smaller tiles and more threads hold the registers
     constants = {
         "TOKENS": tokens, "CHANNELS": channels, "SIDE": window_size, "WINDOW": tuple(window), "SHIFT": tuple(shift),
-        "SHIFTED": any(shift), "BLOCK_M": block, "BLOCK_N": block,
-        "BLOCK_C": max(16, triton.next_power_of_2(channels)),  # 16 is the least that a matrix unit takes
-        "num_warps": 4, "num_stages": 2,
+        "SHIFTED": any(shift), "BLOCK": min(32 if wide else 64, padded), "STEP": min(32, padded), "BLOCK_C": block_c,
+        "num_warps": 8 if wide else 4, "num_stages": 2,
     }  # fmt: skip
     return (*q.stride()[:3], channels**-0.5, heads, *counts), constants
 

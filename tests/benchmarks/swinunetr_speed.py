@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Inference of our Swin UNETR against MONAI's with the same weights, on the CPU in float32, in turn.
+"""Our Swin UNETR against MONAI's with the same weights: inference and training steps, taking turns in one process.
 
-  python tests/benchmarks/swinunetr_speed.py --csv tests/benchmarks/results/swinunetr_speed.csv
+  python tests/benchmarks/swinunetr_speed.py --csv tests/benchmarks/results/swinunetr_speed_cpu.csv
+  python tests/benchmarks/swinunetr_speed.py --device cuda --csv tests/benchmarks/results/swinunetr_speed_cuda.csv
 
-MONAI runs as it comes, with its fused attention, and with channels-last memory (with and without fused attention).
-Prints the median seconds of each, how much longer it takes than ours, and how far its output is from ours.
+MONAI runs as it comes, with its fused attention (which it has for inference only), and with channels-last memory. In
+bf16 every network runs under autocast and with its weights converted. Prints the median time of each, how much longer
+it takes than ours, and how far its outputs (or, in training, its loss) are from ours.
 """
 
 import argparse
 import csv
+import os
 import statistics
 import sys
 import time
@@ -20,71 +23,121 @@ import torch
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
 from models.swinunetr.network import SwinUNETR
+from models.training import git_commit, make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
-TOLERANCE = 1e-4  # of the logits, which are of the order of 1
+TOLERANCE = {"float32": 1e-4, "bf16": 0.2}  # of logits of the order of 1
+WORK = {  # device -> (mode, dtype, side of the cube in voxels, feature size)
+    "cpu": (("inference", "float32", 96, 24), ("inference", "bf16", 96, 24), ("training", "float32", 64, 12)),
+    "cuda": (("inference", "bf16", 128, 48), ("training", "bf16", 128, 48)),
+}
 
 
-def contestants(feature_size: int) -> dict:
-    """Networks by name, all with the same weights and in evaluation mode, and whether each takes channels last."""
+def contestants(mode: str, dtype: str, feature_size: int, device) -> dict:
+    """(network, whether it takes channels last, whether it runs under autocast) by name; all have the same weights."""
     torch.manual_seed(0)
-    ours = SwinUNETR(feature_size=feature_size).eval()
-    made = {"ours": (ours, False)}
-    for name, fused, channels_last in (
-        ("monai", False, False),
-        ("monai fused attention", True, False),
-        ("monai channels last", False, True),
-        ("monai fused, channels last", True, True),
-    ):
-        model = MonaiSwinUNETR(4, 4, feature_size=feature_size, use_flash_attention=fused).eval()
-        model.load_state_dict(ours.state_dict(), strict=True)
-        made[name] = (model.to(memory_format=CHANNELS_LAST) if channels_last else model, channels_last)
+    state = SwinUNETR(feature_size=feature_size).state_dict()
+    made = {}
+
+    def add(name, network, channels_last):
+        network.load_state_dict(state, strict=True)
+        network = network.to(device).train(mode == "training")
+        if channels_last:
+            network = network.to(memory_format=CHANNELS_LAST)
+        made[name] = (network, channels_last, dtype == "bf16")
+
+    def copies(build, name, channels_last):
+        add(name, build(), channels_last)
+        if dtype == "bf16" and mode == "inference":
+            add(f"{name}, bf16 weights", build(), channels_last)
+            made[f"{name}, bf16 weights"] = (made[f"{name}, bf16 weights"][0].bfloat16(), channels_last, False)
+
+    copies(lambda: SwinUNETR(feature_size=feature_size), "ours", False)
+    for fused in (False, True) if mode == "inference" else (False,):
+        for channels_last in (False, True):
+            name = "monai" + ", fused attention" * fused + ", channels last" * channels_last
+            copies(lambda fused=fused: MonaiSwinUNETR(4, 4, feature_size=feature_size, use_flash_attention=fused),
+                   name, channels_last)  # fmt: skip
     return made
 
 
-def measure(models: dict, image: torch.Tensor, runs: int):
-    """Seconds of every run by name, the networks taking turns, and each one's largest distance from our output."""
-    seconds = {name: [] for name in models}
-    outputs = {}
-    with torch.inference_mode():
+def step(network, image, label, autocast: bool, optimizer):
+    """One forward pass (returns the logits), or with an optimizer one training step (returns the loss)."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast):
+        logits = network(image)
+    if optimizer is None:
+        return logits.float()
+    loss = make_loss()(logits.float(), label)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def measure(made: dict, mode: str, size: int, runs: int, device):
+    """Seconds of every run, and the first result, by name; the networks take turns. Images are new in every run."""
+    seconds, first = {name: [] for name in made}, {}
+    optimizers = {
+        name: torch.optim.AdamW(network.parameters(), 1e-5) if mode == "training" else None
+        for name, (network, _, _) in made.items()
+    }
+    with torch.set_grad_enabled(mode == "training"):
         for run in range(runs + 1):
-            for name, (model, channels_last) in models.items():
-                given = image.contiguous(memory_format=CHANNELS_LAST) if channels_last else image
+            torch.manual_seed(run)
+            image = torch.randn(1, 4, size, size, size).to(device)
+            label = torch.randint(0, 4, (1, 1, size, size, size)).to(device)
+            for name, (network, channels_last, autocast) in made.items():
+                given = image.to(next(network.parameters()).dtype)
+                given = given.contiguous(memory_format=CHANNELS_LAST) if channels_last else given
+                synchronise(device)
                 start = time.perf_counter()
-                outputs[name] = model(given)
+                result = step(network, given, label, autocast, optimizers[name])
+                synchronise(device)
                 if run:  # the first is a warm-up
                     seconds[name].append(time.perf_counter() - start)
-    return seconds, {name: (output - outputs["ours"]).abs().max().item() for name, output in outputs.items()}
+                else:
+                    first[name] = result
+    return seconds, first
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=96, help="side of the cube in voxels (default 96)")
-    parser.add_argument("--feature-size", type=int, default=24)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(WORK), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each network (default 5)")
     parser.add_argument("--csv", type=Path, help="write every run here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    models = contestants(arguments.feature_size)
-    image = torch.randn(1, 4, *(arguments.size,) * 3)
-    seconds, distances = measure(models, image, arguments.runs)
-    medians = {name: statistics.median(runs) for name, runs in seconds.items()}
-    print(f"{arguments.size}^3 voxels, feature size {arguments.feature_size}, {arguments.threads} threads, float32")
-    for name, median in medians.items():
-        ratio, distance = median / medians["ours"], distances[name]
-        print(f"{name:28} {median:7.3f} s  {ratio:5.2f} x ours  largest difference {distance:.1e}")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["network", "size", "feature_size", "threads", "run", "seconds"])
-            for name, runs in seconds.items():
-                for run, value in enumerate(runs):
-                    setting = (arguments.size, arguments.feature_size, arguments.threads)
-                    writer.writerow([name, *setting, run, f"{value:.4f}"])
-    if max(distances.values()) > TOLERANCE:
-        sys.exit("the outputs differ")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    cores = f"CPU, {args.threads} of {os.cpu_count()} cores"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cores
+    print(f"{machine}, torch {torch.__version__}, commit {git_commit()}")
+    rows = []
+    for mode, dtype, size, feature_size in WORK[args.device]:
+        seconds, first = measure(contestants(mode, dtype, feature_size, device), mode, size, args.runs, device)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        best = min(median for name, median in medians.items() if name.startswith("ours"))
+        print(f"\n{mode}, {dtype}, {size}^3 voxels, feature size {feature_size}")
+        for name, median in medians.items():
+            distance = (first[name] - first["ours"]).abs().max().item()
+            print(f"{name:46} {median:7.3f} s  {median / best:5.2f} x ours  distance {distance:.1e}")
+            if distance > TOLERANCE[dtype]:
+                sys.exit(f"{name}: the results differ")
+            rows += [
+                {"device": machine, "torch": torch.__version__, "commit": git_commit(), "mode": mode, "dtype": dtype,
+                 "size": size, "feature_size": feature_size, "network": name, "run": run, "seconds": f"{value:.4f}"}
+                for run, value in enumerate(seconds[name])
+            ]  # fmt: skip
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
