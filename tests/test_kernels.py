@@ -1,5 +1,6 @@
 """The Triton kernels against float64 formulas: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from models.brats import InputError
+from models.swinunetr.network import Decoder, SwinStage, use_triton
 from models.swinunetr.window_attention import mask_groups, mask_of_group, relative_position_index, shift_masks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,6 +258,24 @@ def test_they_compile_into_one_graph():
     expected = results(step, inputs, grad)
     compare(results(torch.compile(step, backend="aot_eager", fullgraph=True), inputs, grad),
             [x.double() for x in expected], 1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["stage", "decoder"])
+def test_the_parts_of_the_network_are_the_same_on_these_kernels(part):
+    torch.manual_seed(0)
+    if part == "stage":  # a plain and a shifted block; a token grid that needs padding and is a window thick at the end
+        plain = SwinStage(12, 2, 3, recompute=False, window_size=3, attention="auto", legacy_merging=False)
+        inputs = [torch.randn(1, 4, 4, 2, 12)]
+    else:
+        plain, inputs = Decoder(12, 8), [torch.randn(1, 12, 2, 2, 3), torch.randn(1, 8, 4, 4, 6)]
+    plain, inputs = plain.to(DEVICE), [x.to(DEVICE) for x in inputs]
+    fused = use_triton(copy.deepcopy(plain))
+    outputs = [model(*inputs) for model in (plain, fused)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_without_triton_one_line_says_so():

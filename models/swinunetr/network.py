@@ -94,6 +94,19 @@ def run(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
     return block(*inputs)
 
 
+def use_triton(model: nn.Module, attention: bool = True, norm: bool = True) -> nn.Module:
+    """The same network, run by this package's Triton kernels for CUDA devices. InputError without triton."""
+    from models.swinunetr.triton_attention import window_attention
+    from models.swinunetr.triton_norm import instance_norm_leaky_relu
+
+    for module in model.modules():
+        if isinstance(module, WindowAttention) and attention:
+            module.kernel = window_attention
+        if isinstance(module, ResidualBlock) and norm:
+            module.kernel = instance_norm_leaky_relu
+    return model
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -281,8 +294,13 @@ class ResidualBlock(nn.Module):
         self.conv2 = Conv(out_channels, out_channels, 3)
         if in_channels != out_channels:
             self.conv3 = Conv(in_channels, out_channels, 1)
+        self.kernel = None  # fused norm, addition and ReLU; see use_triton
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            y = self.conv2(self.kernel(self.conv1(x)))
+            has_conv3 = hasattr(self, "conv3")
+            return self.kernel(y, self.conv3(x) if has_conv3 else x, has_conv3)
         y = F.leaky_relu_(instance_norm(self.conv1(x)), SLOPE)
         y = instance_norm(self.conv2(y))
         shortcut = instance_norm(self.conv3(x)) if hasattr(self, "conv3") else x

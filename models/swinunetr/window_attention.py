@@ -40,6 +40,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self._cached = (None, None)  # (key, biases) of the last evaluation
+        self.kernel = None  # a fused kernel in place of all that follows partition(); see network.use_triton
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D, H, W, C] -> [B, D, H, W, C], each token a mixture of the tokens of its window."""
@@ -55,7 +56,8 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = x.roll([-s for s in shift], dims=(1, 2, 3))
         x = partition(x, window, counts)  # [B, nD, nH, nW, N, C]
-        x = self._attend_by_group(x, window, shift, counts)
+        attend = self._attend_by_group if self.kernel is None else self._attend_by_kernel
+        x = attend(x, window, shift, counts)
         x = merge(x, window, counts)  # [B, D', H', W', C]
         if any(shift):
             x = x.roll(shift, dims=(1, 2, 3))
@@ -79,6 +81,12 @@ class WindowAttention(nn.Module):
         for group, piece, part in zip(groups, pieces, mixed.split(sizes), strict=True):
             out[(slice(None), *group)] = part.view(piece.shape)
         return out
+
+    def _attend_by_kernel(self, x: Tensor, window, shift, counts) -> Tensor:
+        """x [B, nD, nH, nW, N, C] -> the same, all windows at once: the kernel finds bias and mask by itself."""
+        q, k, v = self._heads(self.qkv(x.flatten(0, 3)))
+        mixed = self.kernel(q, k, v, self.relative_position_bias_table, window, counts, shift, self.window_size)
+        return self.proj(mixed.transpose(1, 2).flatten(2)).view(x.shape)
 
     def _heads(self, qkv: Tensor):
         """[G, N, 3C] -> q, k, v, each [G, h, N, C/h]."""
