@@ -43,13 +43,9 @@ def load_model(run: str | Path, device="cpu"):
 
     A missing, damaged or mismatched file is an InputError: weights are loaded strictly or not at all.
     """
-    from models.brats import MODALITIES, InputError
-
     path = Path(run)
     path = path / "best.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
-    if tuple(checkpoint["modalities"]) != MODALITIES:
-        raise InputError(f"{path}: trained on the channels {tuple(checkpoint['modalities'])}, not {MODALITIES}.")
     model = build_model(checkpoint["network"], **checkpoint["config"])
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), checkpoint
@@ -59,7 +55,7 @@ def load_checkpoint(path: Path) -> dict:
     """The dict in a checkpoint file of ours; anything else is an InputError."""
     import torch
 
-    from models.brats import InputError
+    from models.brats import MODALITIES, InputError
 
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
@@ -69,6 +65,8 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: damaged or no checkpoint ({' '.join(str(error).split())[:80]}).") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project's training scripts.")
+    if tuple(checkpoint["modalities"]) != MODALITIES:
+        raise InputError(f"{path}: trained on the channels {tuple(checkpoint['modalities'])}, not {MODALITIES}.")
     return checkpoint
 
 

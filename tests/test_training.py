@@ -144,6 +144,21 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(tensors, tmp_pat
         train(tensors, tmp_path, "--epochs", 2, "--resume")
 
 
+def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_another_network(tensors, tmp_path):
+    flags = ["--feature-size", 12, "--window-size", 2, "--epochs", 1, "--run-name", "swin"]
+    run_script("train_swinunetr.py", tensors, *flags, cwd=tmp_path)
+    longer = ["--resume", "--checkpointing", "full", "--attention", "sdpa", *flags]
+    longer[longer.index("--epochs") + 1] = 2
+    run_script("train_swinunetr.py", tensors, *longer, cwd=tmp_path)
+    run = tmp_path / "models/swinunetr/results/swin"
+    assert len(list(csv.DictReader((run / "train.csv").open()))) == 2
+    other = run_script("train_swinunetr.py", tensors, *longer, "--feature-size", 24, cwd=tmp_path, status=2)
+    assert "not what these flags ask for" in other.stderr
+    last = run / "last.pt"
+    torch.save(torch.load(last, weights_only=True) | {"modalities": ["flair", "t1ce", "t1", "t2"]}, last)
+    assert "channels" in run_script("train_swinunetr.py", tensors, *longer, cwd=tmp_path, status=2).stderr
+
+
 def test_weights_load_strictly_or_not_at_all(tensors, tmp_path):
     _, run = train(tensors, tmp_path, "--epochs", 1)
     model, checkpoint = load_model(run)

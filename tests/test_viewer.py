@@ -8,16 +8,24 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import LPS, ROOT, run_script, write_raw_case
-from matplotlib.backend_bases import KeyEvent, MouseEvent
+from matplotlib.backend_bases import FigureCanvasBase, KeyEvent, MouseEvent, ResizeEvent
+from matplotlib.image import imread
 
 import view_interactive_4pane_brats as view
+from models.scene import with_prediction
 from models.viewer import Viewer, new_figure
+
+SCRIPT = "view_interactive_4pane_brats.py"
+
+
+def open_scene(folder):
+    return next(iter(view.find_scenes(folder, None).values()))()
 
 
 @pytest.fixture
 def viewer(tmp_path):
     write_raw_case(tmp_path, "C")
-    return Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    return Viewer(new_figure(with_window=False), open_scene(tmp_path))
 
 
 def key(viewer, name):
@@ -77,7 +85,7 @@ def test_orientation_is_radiological(tmp_path, plane, corner, affine):
     high = world.max((0, 1, 2)) - 6
     volume[(world > high).all(-1)] = 30000
     nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "C_t1.nii.gz")
-    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), open_scene(tmp_path))
     key(viewer, plane)
     key(viewer, "end")
     rows, columns = np.nonzero(viewer.panes[0].get_array() == 30000)
@@ -88,7 +96,7 @@ def test_orientation_is_radiological(tmp_path, plane, corner, affine):
 
 def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
     _, _, label = write_raw_case(tmp_path, "C", affine=np.diag([-2.0, -1.0, 3.0, 1.0]))
-    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), open_scene(tmp_path))
     texts = [text.get_text() for text in viewer.figure.legends[0].get_texts()]
     for value, text in zip((1, 2, 3), texts, strict=True):
         assert f"{(label == value).sum() * 6 / 1000:.1f} ml" in text
@@ -96,7 +104,7 @@ def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
 
 def test_the_cursor_tells_voxel_mm_and_intensities_of_the_file(tmp_path):
     _, volumes, _ = write_raw_case(tmp_path, "C")
-    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), open_scene(tmp_path))
     viewer.go_to(20)
     # LPS: file voxel (i, j, k) has RAS index (43 - i, 47 - j, k) and is drawn at column i, 47 - j from below
     text = viewer.describe(15 + 0.5, 47 - 30 + 0.5)
@@ -105,32 +113,43 @@ def test_the_cursor_tells_voxel_mm_and_intensities_of_the_file(tmp_path):
         assert f"{modality.upper()} {volumes[modality][15, 30, 20]}" in text
 
 
+def test_the_wheel_brings_the_cursor_to_another_slice(viewer):
+    x, y = viewer.panes[0].axes.transData.transform((20.5, 20.5))
+    event = MouseEvent("scroll_event", viewer.figure.canvas, x, y, "up", step=1)
+    viewer.figure.canvas.callbacks.process("scroll_event", event)
+    assert viewer.status.get_text() == viewer.describe(20.5, 20.5)
+    assert f", {viewer.index})" in viewer.status.get_text()
+
+
 def test_truth_and_prediction_swap_with_their_dice(tmp_path):
     _, _, label = write_raw_case(tmp_path, "C")
     prediction = np.where(label == 3, 4, label).astype(np.uint8)
     prediction[label == 3] = 0  # ET missed
     nibabel.save(nibabel.Nifti1Image(prediction, LPS), tmp_path / "prediction.nii.gz")
-    scene = view.load_raw(tmp_path / "C", None, None)
-    scene.maps["prediction"] = view.read_prediction(tmp_path / "prediction.nii.gz", scene)
+    scene = open_scene(tmp_path / "C")
+    scene = with_prediction(scene, view.read_prediction(tmp_path / "prediction.nii.gz", scene))
     viewer = Viewer(new_figure(with_window=False), scene)
     whole, missed = (label > 0).sum(), (label == 3).sum()
     assert f"WT {2 * (whole - missed) / (2 * whole - missed):.3f}" in viewer.legend_text.get_text()
     assert "ET 0.000" in viewer.legend_text.get_text()
+    assert "filled: prediction" in viewer.legend_text.get_text()
+    assert "outline: truth" in viewer.legend_text.get_text()
     key(viewer, "t")
-    assert viewer.shown == "prediction"
+    assert "filled: truth" in viewer.legend_text.get_text()
+    assert "outline: prediction" in viewer.legend_text.get_text()
     key(viewer, "t")
-    assert viewer.shown == "truth"
+    assert "filled: prediction" in viewer.legend_text.get_text()
 
 
 def test_a_preprocessed_case_opens(tensors, tmp_path):
-    run_script("view_interactive_4pane_brats.py", tensors / "BraTS2021_00003.pt", "--save", "a.png", cwd=tmp_path)
+    run_script(SCRIPT, tensors / "BraTS2021_00003.pt", "--save", "a.png", cwd=tmp_path)
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_a_case_without_segmentation_opens(tmp_path):
     folder, _, _ = write_raw_case(tmp_path, "C")
     (folder / "C_seg.nii.gz").unlink()
-    viewer = Viewer(new_figure(with_window=False), view.load_raw(tmp_path, None, None))
+    viewer = Viewer(new_figure(with_window=False), open_scene(tmp_path))
     key(viewer, "t")
     key(viewer, "m")
     assert "no segmentation" in viewer.legend_text.get_text()
@@ -151,9 +170,114 @@ def test_saving_needs_no_display_and_a_window_does(tmp_path):
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, tensors):
     write_raw_case(tmp_path, "C")
-    script = "view_interactive_4pane_brats.py"
     for bad in (["C", "--save", "nowhere/a.png"], ["C", "--save", "a.jpg"], ["C", "--save", "a.png", "--slice", 99],
                 ["C", "--name", "D", "--save", "a.png"], ["nowhere", "--save", "a.png"], ["x.pt", "--save", "a.png"]):
-        result = run_script(script, *bad, cwd=tmp_path, status=2)
+        result = run_script(SCRIPT, *bad, cwd=tmp_path, status=2)
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "a.png").exists()
+
+
+# ---- both label maps at once ---------------------------------------------------------------------------------------
+
+
+def test_the_truth_is_an_outline_over_the_filled_prediction(viewer):
+    """Two boxes as prediction, one of them beside the truth: filled with the opacity, and around the truth a line."""
+    truth = np.zeros(viewer.scene.image.shape[1:], np.uint8)
+    truth[10:20, 10:20, 18:22] = 2
+    prediction = np.zeros_like(truth)
+    prediction[24:30, 24:30, 18:22] = prediction[20:24, 10:20, 18:22] = 1
+    viewer.scene.maps = {"truth": truth, "prediction": prediction}
+    viewer.show_maps(viewer.scene)
+    viewer.go_to(20)
+    alpha = np.array(viewer.overlays[0].get_array())[..., 3]
+    assert (alpha == 0.5).sum() == 4 * (6 * 6 + 4 * 10)  # a voxel is 2 x 2 pixels
+    assert (alpha == 1).sum() == 20**2 - 18**2
+    key(viewer, "c")
+    alpha = np.array(viewer.overlays[0].get_array())[..., 3]
+    assert (alpha == 0.5).sum() == 6 * 6 + 4 * 10 and (alpha == 1).sum() == 0
+    assert "outline" not in viewer.legend_text.get_text()
+
+
+def test_the_overlay_lies_where_the_label_is(viewer):
+    """Two labelled voxels apart in every axis: their boxes in mm come from the index alone."""
+    label = np.zeros(viewer.scene.image.shape[1:], np.uint8)  # [44, 48, 40] RAS at 1 mm
+    label[5, 7, 9] = label[30, 41, 33] = 3
+    viewer.scene.maps = {"truth": label}
+    viewer.show_maps(viewer.scene)
+    mirrored, posterior, inferior = (43 - 30, 43 - 5 + 1), (7, 42), (9, 34)
+    for plane, extent in (("1", mirrored + posterior), ("2", mirrored + inferior), ("3", posterior + inferior)):
+        key(viewer, plane)
+        assert tuple(viewer.overlays[0].get_extent()) == extent
+
+
+# ---- fast redrawing ------------------------------------------------------------------------------------------------
+
+
+def pixels(viewer):
+    return np.array(viewer.figure.canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("keys", [["up"], ["up", "3"], ["o", "down"], ["]", "pagedown"]])
+def test_a_partial_redraw_shows_what_a_full_one_does(viewer, keys):
+    viewer.figure.canvas.draw()
+    for name in keys:
+        key(viewer, name)
+    viewer.say("news")
+    partially = pixels(viewer)
+    viewer.figure.canvas.draw()
+    assert np.array_equal(partially, pixels(viewer))
+
+
+def test_a_step_draws_the_slice_without_drawing_all(viewer):
+    before, draws = pixels(viewer), []
+    viewer.figure.canvas.mpl_connect("draw_event", draws.append)
+    scroll(viewer, "up")
+    assert not draws
+    assert not np.array_equal(before, pixels(viewer))
+
+
+def test_it_redraws_after_a_change_of_size_and_saves_what_is_shown(viewer, tmp_path):
+    viewer.figure.set_size_inches(8, 9)
+    viewer.figure.canvas.draw()
+    scroll(viewer, "up")
+    assert pixels(viewer).shape == (900, 800, 4)
+    viewer.say("old news")
+    viewer.save(tmp_path / "a.png")
+    viewer.figure.canvas.draw()
+    assert np.array_equal((imread(tmp_path / "a.png") * 255).round(), pixels(viewer))
+    viewer.save(tmp_path / "a.png")
+    viewer.say("news")  # what was saved must not have become what is kept below the words
+    partially = pixels(viewer)
+    viewer.figure.canvas.draw()
+    assert np.array_equal(partially, pixels(viewer))
+
+
+def test_the_words_fit_a_small_window(viewer):
+    figure = viewer.figure
+    figure.set_size_inches(6, 6)
+    figure.canvas.callbacks.process("resize_event", ResizeEvent("resize_event", figure.canvas))
+    figure.canvas.draw()
+    for words in (figure.legends[0], viewer.legend_text, viewer.status, viewer.title):
+        box = words.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= 600 and box.y0 >= 0 and box.y1 <= 600
+    assert viewer.convention.get_window_extent().y0 > viewer.panes[0].axes.title.get_window_extent().y1
+
+
+def test_a_canvas_that_cannot_copy_regions_draws_all(tmp_path):
+    write_raw_case(tmp_path, "C")
+    figure = new_figure(with_window=False)
+    figure.canvas.supports_blit = False
+    viewer = Viewer(figure, open_scene(tmp_path))
+    before = pixels(viewer)
+    scroll(viewer, "up")
+    assert not np.array_equal(before, pixels(viewer))
+
+
+def test_a_closing_window_still_takes_what_comes_late(viewer):
+    """Closing takes the canvas away from the figure before the last events arrive."""
+    viewer.figure.canvas.draw()
+    index = viewer.index
+    FigureCanvasBase(viewer.figure)
+    viewer.say("late")
+    scroll(viewer, "up")
+    assert viewer.index == index + 1

@@ -1,0 +1,211 @@
+"""Live segmentation: the case that the viewer shows goes through a trained network while the window answers on.
+
+`segment` takes one case there and back; a `Session` goes through cases and does the work in a thread.
+"""
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+from models.brats import InputError
+from models.scene import Scene, with_prediction
+
+POLL_MS = 150  # between two looks at the thread
+
+
+# ---- segmenting ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network in evaluation mode, and its cases: cubes of `size` voxels, from a spacing of `spacing_mm`."""
+
+    name: str
+    model: object
+    size: int
+    spacing_mm: float
+    device: object
+    amp_dtype: object
+
+
+def open_run(path: Path, device: str, amp: str) -> Run:
+    """The network of a run (its folder, or a checkpoint in it), ready to segment."""
+    from models import load_model, training
+
+    device = training.choose_device(device)
+    amp_dtype = training.amp_dtype(amp, device)
+    model, _ = load_model(path, device)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder / 'config.json'}: missing, so the size that {path} was trained on is not known.")
+    config = json.loads((folder / "config.json").read_text())
+    return Run(folder.name, model, config["size"][0], spacing_of_run(config), device, amp_dtype)
+
+
+def spacing_of_run(config: dict) -> float:
+    """The --spacing of the preprocessed cases that a run was trained on, in mm; 1 where they are no longer there."""
+    from models.dataset import manifest_checksum
+
+    data = Path(config["arguments"]["data"])
+    if (data / "manifest.json").is_file() and manifest_checksum(data) == config["data_manifest_sha256"]:
+        return json.loads((data / "manifest.json").read_text())["settings"]["spacing_mm"]
+    print(f"Note: {data}, which the run was trained on, is not here: its --spacing is taken to be 1 mm.")
+    return 1.0
+
+
+def refuse_other_size(scene: Scene, run: Run):
+    if scene.affine is None and scene.image.shape[1:] != (run.size,) * 3:
+        sides = "x".join(map(str, scene.image.shape[1:]))
+        raise InputError(
+            f"{scene.name}: a tensor of {sides} voxels, but {run.name} was trained on cubes of {run.size}. "
+            f"Preprocess with --size {run.size}, or name the raw case."
+        )
+
+
+def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
+    """The scene with the network's prediction on its own grid, its Dice, and the milliseconds it took.
+
+    `tell` is called with the name of each stage as it begins, and before every layer of the network; what it raises
+    ends the work.
+    """
+    import torch
+
+    from models.inference import predict
+    from models.preprocessing import to_native, to_network
+
+    refuse_other_size(scene, run)
+    times = [time.perf_counter()]
+    tell("segmenting: preprocessing")
+    if scene.affine is None:
+        image, geometry = torch.from_numpy(scene.image), None
+    else:  # the image has RAS axes already: with their affine, to_native brings the prediction back to these
+        case = to_network(scene.image, None, scene.ras_affine, run.size, run.spacing_mm)
+        image, geometry = case["image"], case["geometry"]
+    image = image.to(run.device)
+    times.append(time.perf_counter())
+    hooks = [module.register_forward_pre_hook(lambda *_: tell("segmenting: network")) for module in run.model.modules()]
+    try:
+        probabilities = predict(run.model, image, run.amp_dtype)  # [4, D, H, W]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    times.append(time.perf_counter())
+    tell("segmenting: back to the grid of the file")
+    probabilities = to_native(probabilities, geometry) if geometry else probabilities
+    # max, not argmax, which takes five times as long on a CPU
+    label = probabilities.max(0).indices.to(torch.uint8).cpu().numpy()  # [D, H, W] of the scene
+    times.append(time.perf_counter())
+    before_ms, network_ms, after_ms = ((end - start) * 1e3 for start, end in pairwise(times))
+    parts = f"network {network_ms:.0f}"
+    if geometry:
+        parts = f"preprocessing {before_ms:.0f}, {parts}, back to the grid of the file {after_ms:.0f}"
+    timing = f"segmented by {run.name} in {before_ms + network_ms + after_ms:.0f} ms ({parts})"
+    tell("segmenting: Dice")
+    return with_prediction(scene, label, timing)
+
+
+# ---- going through cases -------------------------------------------------------------------------------------------
+
+
+class Abandoned(Exception):
+    """The user has gone on: nobody waits for this work any more."""
+
+
+class Session:
+    """Goes through cases in a viewer. Loading and segmenting happen in a thread, one case at a time, and the window
+    looks from time to time how far it is; what was asked for last is what counts.
+
+    Args:
+        loaders: case name -> function that returns its Scene. The viewer shows one of them already.
+        run: what to segment each case with, or None.
+    """
+
+    def __init__(self, viewer, loaders: dict, run: Run | None = None):
+        self.viewer, self.loaders, self.run, self.names = viewer, loaders, run, list(loaders)
+        self.position = self.names.index(viewer.scene.name)
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.wanted, self.future, self.then, self.stage, self.began_s = 0, None, None, "", 0.0
+        canvas = viewer.figure.canvas
+        self.timer = canvas.new_timer(interval=POLL_MS)
+        self.timer.add_callback(self.poll)
+        self.timer.start()
+        canvas.mpl_connect("key_press_event", self.on_key)
+        canvas.mpl_connect("close_event", self.on_close)
+        viewer.figure.session = self  # matplotlib holds handlers weakly
+        self.announce(viewer.scene)
+
+    def announce(self, scene: Scene):
+        """Name the case in the window's title, and have it segmented."""
+        many = len(self.names) > 1
+        self.viewer.place = f"case {self.position + 1} of {len(self.names)}" if many else ""
+        manager = self.viewer.figure.canvas.manager
+        if manager is not None:
+            manager.set_window_title(f"{self.viewer.place}: {scene.name}" if many else scene.name)
+        self.viewer.show_slice()
+        if self.run:
+            self.start(partial(segment, scene, self.run), self.viewer.show_maps, "segmenting")
+
+    def arrive(self, scene: Scene):
+        self.viewer.show(scene)
+        self.announce(scene)
+
+    def step(self, by: int):
+        position = self.position + by
+        if not 0 <= position < len(self.names):
+            self.viewer.say(f"this is the {'last' if by > 0 else 'first'} of {len(self.names)} cases", "#ffcc66")
+            return
+        self.position = position
+        name = self.names[position]
+        load = self.loaders[name]
+        self.start(lambda tell: load(), self.arrive, f"loading {name}, case {position + 1} of {len(self.names)}")
+
+    # ---- the thread
+
+    def start(self, work, then, stage: str):
+        """Have `work(tell)` done in the thread and hand its result to `then`; whatever is under way is abandoned."""
+        if self.future:
+            self.future.cancel()
+        self.wanted += 1
+        self.then, self.stage, self.began_s = then, stage, time.perf_counter()
+        self.future = self.pool.submit(work, partial(self.tell, self.wanted))
+        self.poll()
+
+    def tell(self, number: int, stage: str):
+        """Called by the thread: how far work `number` is. Ends it if it is no longer wanted."""
+        if number != self.wanted:
+            raise Abandoned
+        self.stage = stage
+
+    def poll(self):
+        """Called by the window: say how far the thread is, or take what it has made."""
+        if self.future is None:
+            return
+        if not self.future.done():
+            self.viewer.say(f"{self.stage} ... {time.perf_counter() - self.began_s:.1f} s", "#ffcc66")
+            return
+        future, self.future = self.future, None
+        if error := future.exception():
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            text = f"{self.names[self.position]}: {kind}{' '.join(str(error).split())}"
+            print(text, file=sys.stderr)
+            self.viewer.say(text if len(text) <= 150 else f"{text[:149]}…", "#ff7766")
+        else:
+            self.then(future.result())
+
+    # ---- answers
+
+    def on_key(self, event):
+        if event.key in ("n", "b"):
+            self.step(1 if event.key == "n" else -1)
+
+    def on_close(self, event):
+        self.timer.stop()
+        self.wanted, self.future = self.wanted + 1, None
+        self.pool.shutdown(wait=False, cancel_futures=True)
