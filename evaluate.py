@@ -156,8 +156,8 @@ def score_run(run: str, models: list, data: Path, names, raw, args, device, dtyp
 
     from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
-    from models.inference import predict
-    from models.preprocessing import network_spacing_mm, to_native
+    from models.inference import label_map, native_label_map, predict
+    from models.preprocessing import network_spacing_mm
 
     rows, maps, seconds = [], {}, []
     for name in tqdm(names, desc=run, unit="case"):
@@ -167,7 +167,7 @@ def score_run(run: str, models: list, data: Path, names, raw, args, device, dtyp
         image = case["image"].to(device)
         start = time.perf_counter()
         probabilities = sum(predict(model, image, dtype, args.tta) for model in models) / len(models)  # [4, D, H, W]
-        prediction = probabilities.argmax(0).to(torch.uint8).cpu()  # waits for the device
+        prediction = label_map(probabilities).cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
         maps[name] = prediction.numpy()
         geometry, scheme = case["geometry"], case["label_scheme"]
@@ -175,7 +175,7 @@ def score_run(run: str, models: list, data: Path, names, raw, args, device, dtyp
         rows += score_case(run, name, "network", prediction, case["label"][0], voxel_ml)
         if raw is None and not args.save_nifti:
             continue
-        native = to_native(probabilities.cpu(), geometry).argmax(0).to(torch.uint8)  # [X, Y, Z]
+        native = native_label_map(probabilities.cpu(), geometry)  # [X, Y, Z]
         if raw is not None and raw[name].labelled:
             truth = torch.from_numpy(to_training_labels(read_case(raw[name]).label, scheme, name))
             voxel_ml = abs(float(np.linalg.det(np.array(geometry["affine"])[:3, :3]))) / 1e3
@@ -232,9 +232,9 @@ def print_table(summary: dict, args):
     print("M param: million parameters; GMAC per volume; s/case: the network alone; min: training")
     for row in summary.get("comparisons", []):
         print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference "
-              f"{row['mean_difference']:+.4f}, Wilcoxon p {row['wilcoxon_p']:.3g} ({row['cases']} cases)")
+              f"{row['mean_difference']:+.4f}, Wilcoxon p {row['wilcoxon_p']:.3g} (cases: {row['cases']})")
     if summary.get("comparisons") and summary["cases"] < 6:
-        print(f"With {summary['cases']} cases no difference can reach p < 0.05.")
+        print("Fewer than 6 cases are too few for any difference to reach p < 0.05.")
 
 
 def draw_extremes(run: str, rows: list[dict], maps: dict, data: Path, out: Path, prefix: str):

@@ -75,15 +75,15 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
     """
     import torch
 
-    from models.inference import predict
-    from models.preprocessing import to_native, to_network
+    from models.inference import label_map, native_label_map, predict
+    from models.preprocessing import to_network
 
     refuse_other_size(scene, run)
     times = [time.perf_counter()]
     tell("segmenting: preprocessing")
     if scene.affine is None:
         image, geometry = torch.from_numpy(scene.image), None
-    else:  # the image has RAS axes already: with their affine, to_native brings the prediction back to these
+    else:  # the image has RAS axes already: with their affine, native_label_map brings the prediction back to these
         case = to_network(scene.image, None, scene.ras_affine, run.size, run.spacing_mm)
         image, geometry = case["image"], case["geometry"]
     image = image.to(run.device)
@@ -98,9 +98,8 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
         torch.cuda.synchronize(run.device)
     times.append(time.perf_counter())
     tell("segmenting: back to the grid of the file")
-    probabilities = to_native(probabilities, geometry) if geometry else probabilities
-    # max, not argmax, which takes five times as long on a CPU
-    label = probabilities.max(0).indices.to(torch.uint8).cpu().numpy()  # [D, H, W] of the scene
+    label = native_label_map(probabilities, geometry) if geometry else label_map(probabilities)
+    label = label.cpu().numpy()  # [D, H, W] of the scene
     times.append(time.perf_counter())
     before_ms, network_ms, after_ms = ((end - start) * 1e3 for start, end in pairwise(times))
     parts = f"network {network_ms:.0f}"

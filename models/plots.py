@@ -19,7 +19,7 @@ CONVENTION = "radiological convention: the patient's right is on the left"
 
 def slice_view(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     """Slice `index` of a RAS volume [..., D, H, W] as a picture [..., rows, columns], row 0 at the top."""
-    picture = np.take(volume, index, axis=PLANES[plane] - 3)
+    picture = volume[(..., index, *[slice(None)] * (2 - PLANES[plane]))]  # a view: np.take copies the whole volume
     picture = np.swapaxes(picture, -1, -2)[..., ::-1, :]  # up is anterior (axial) or superior
     # Axial and coronal columns then run to the patient's right: mirrored. Sagittal columns run to anterior.
     return picture if plane == "sagittal" else picture[..., ::-1]
@@ -88,7 +88,8 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
     rows = {"no overlay": None} | ({"truth": label} if label is not None else {}) | maps
     shown = label if label is not None else next(iter(maps.values()))
     index = largest_tumour_slice(shown)
-    figure, grid = _subplots(len(rows), 4, figsize=(12, 3 * len(rows) + 1), facecolor="black", squeeze=False)
+    height = 3 * len(rows) + 1  # inches
+    figure, grid = _subplots(len(rows), 4, figsize=(12, height), facecolor="black", squeeze=False)
     for column, modality in enumerate(MODALITIES):
         low, high = intensity_window(image[column])
         for axes, (name, overlay) in zip(grid[:, column], rows.items(), strict=True):
@@ -103,8 +104,10 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
                 axes.set_ylabel(name, color="white", fontsize=13)
     legend = [_patch(LABEL_COLORS[value], f"{LABELS[value]}, {LABEL_NAMES[LABELS[value]]}") for value in LABELS]
     figure.legend(handles=legend, loc="lower center", ncols=3, facecolor="black", labelcolor="white", frameon=False)
-    figure.suptitle(f"{title}\naxial slice {index} of {image.shape[3]}; {CONVENTION}", color="white", fontsize=11)
-    _save(figure, path, rect=(0, 0.05, 1, 1))
+    title = f"{title}\naxial slice {index} of {image.shape[3]}; {CONVENTION}"
+    figure.suptitle(title, color="white", fontsize=11)
+    lines = title.count("\n") + 1
+    _save(figure, path, rect=(0, 0.45 / height, 1, 1 - (0.1 + 0.2 * lines) / height))
 
 
 def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, notes: dict[str, str]):
