@@ -68,7 +68,7 @@ def main() -> int:
         rows += scored
         run = args.runs[called.index(name)] if name in called else None
         summary["runs"][name] = {
-            "network": "+".join(dict.fromkeys(checkpoint["network"] for _, checkpoint in members)),
+            "model": "+".join(dict.fromkeys(checkpoint["network"] for _, checkpoint in members)),
             "epoch": members[0][1]["epoch"] if run else None,
             **costs(models, data, names[0], run),
             "forward_seconds_per_case": statistics.median(seconds),
@@ -206,7 +206,7 @@ def comparison_table(summary: dict) -> list[dict]:
         spaces = [space for space in ("network", "native") if space in run]
         dice = {f"dice_{space}_{target}": run[space][target]["mean"] for space in spaces for target in run[space]}
         cost = {key: run[key] for key in ("parameters", "gmac", "forward_seconds_per_case", "training_minutes")}
-        rows.append({"run": name, "network": run["network"], "split": summary["split"], "cases": summary["cases"],
+        rows.append({"run": name, "model": run["model"], "split": summary["split"], "cases": summary["cases"],
                      **dice, **cost})  # fmt: skip
     return rows
 

@@ -1,6 +1,7 @@
 """The tables in README.md say what the committed CSV files say."""
 
 import csv
+import statistics
 
 from conftest import ROOT
 
@@ -28,3 +29,20 @@ def test_the_memory_table():
         for row in rows
     ]
     assert table_under("size | feature size | precision") == expected
+
+
+def test_the_speed_table():
+    """Medians of the runs, and of each group of MONAI's networks the fastest beside the fastest of ours."""
+    seconds = {}
+    for row in csv.DictReader((RESULTS / "swinunetr_speed_cpu.csv").open()):
+        setting = f"{row['mode']}, {row['dtype']}, {row['size']}³, feature size {row['feature_size']}"
+        seconds.setdefault(setting, {}).setdefault(row["network"], []).append(float(row["seconds"]))
+    expected = []
+    for setting, networks in seconds.items():
+        medians = {name: statistics.median(values) for name, values in networks.items()}
+        ours = min(median for name, median in medians.items() if name.startswith("ours"))
+        default = medians["monai"]
+        best = min(median for name, median in medians.items() if name.startswith("monai"))
+        expected.append([setting, f"{ours:.2f} s", f"{default:.2f} s", f"{best:.2f} s", f"**{default / ours:.1f}**",
+                         f"**{best / ours:.1f}**"])  # fmt: skip
+    assert table_under("CPU, 2 threads") == expected

@@ -213,6 +213,7 @@ def test_two_runs_are_compared_case_by_case(compared, trained):
     summary = json.loads((out / "summary.json").read_text())
     rows = read(out / "per_case.csv")
     table = {row["run"]: row for row in read(out / "comparison.csv")}
+    assert [row["model"] for row in table.values()] == ["unet", "swinunetr", "unet+swinunetr"]
     assert list(table) == ["first", "swin", "ensemble"]
     for run, row in table.items():
         dice = [float(r["dice"]) for r in rows if r["run"] == run and r["target"] == "TC"]
