@@ -1,0 +1,119 @@
+"""The figures of benchmark_inference.py. Knows its rows (dicts, see COLUMNS there), not its files."""
+
+from matplotlib.figure import Figure
+
+from models.plots import _patch, _save, _subplots
+
+# Okabe & Ito's colours, told apart by people who see red and green alike
+ENGINE_COLORS = {
+    "eager": "#999999", "fused": "#56B4E9", "compile": "#0072B2", "cudagraph": "#009E73", "aot": "#CC79A7",
+    "onnx": "#E69F00",
+}  # fmt: skip
+STAGE_COLORS = ("#56B4E9", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999")
+DTYPE_LINES = {"float32": "-", "tf32": "-.", "bf16": "--", "fp16": ":"}
+MARKERS = "osD^vP*X"
+
+
+def latency_bars(rows: list[dict], path, title: str):
+    """A bar of median latency per row, a whisker to the 90th percentile, and a line at the floor; a panel per network,
+    batch and size, for only there do times compare."""
+    panels = {}
+    for row in rows:
+        key = f"{row['network']}, {row['size']}³ voxels, batch {row['batch']}"
+        panels.setdefault(key, []).append(row)
+    heights = [max(2, len(panel)) for panel in panels.values()]
+    figure = Figure(figsize=(11, 0.34 * sum(heights) + 1.1 * len(panels) + 0.6))
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (name, panel) in zip(grid[:, 0], panels.items(), strict=True):
+        panel = sorted(panel, key=lambda row: row["p50_ms"])
+        medians = [row["p50_ms"] for row in panel]
+        beyond = [max(0.0, row["p90_ms"] - row["p50_ms"]) for row in panel]
+        places = range(len(panel))
+        axes.barh(places, medians, xerr=[[0] * len(panel), beyond], color=[ENGINE_COLORS[r["engine"]] for r in panel],
+                  error_kw={"ecolor": "#444444", "lw": 1})
+        for place, row in zip(places, panel, strict=True):
+            axes.plot([row["floor_ms"]] * 2, [place - 0.4, place + 0.4], color="black", lw=2)
+            axes.annotate(three_digits(row["p50_ms"]), (row["p90_ms"], place), (4, 0), textcoords="offset points",
+                          va="center", fontsize=8)
+        axes.set_yticks(places, [f"{row['model']}: {row['engine']}, {row['dtype']}" for row in panel], fontsize=8)
+        axes.set(xlim=(0, 1.12 * max(row["p90_ms"] for row in panel)), title=name)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3, axis="x")
+    grid[-1, 0].set_xlabel("ms per batch: median, whisker to the 90th percentile; black line: floor of this machine")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def lines_over(rows: list[dict], x: str, y: str, x_label: str, y_label: str, path, title: str) -> bool:
+    """Column `y` over column `x` ("size" or "batch"): a line per model, engine and type, a panel per network and value
+    of the other of the two. Without two places on `x` to join there is no figure, and False comes back."""
+    other = "batch" if x == "size" else "size"
+    panels = {}
+    for row in rows:
+        lines = panels.setdefault(f"{row['network']}, {other} {row[other]}", {})
+        lines.setdefault((row["model"], row["engine"], row["dtype"]), []).append((row[x], row[y]))
+    panels = {name: lines for name, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+    if not panels:
+        return False
+    figure, grid = _subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
+    for axes, (name, lines) in zip(grid[0], panels.items(), strict=True):
+        models = list(dict.fromkeys(model for model, _, _ in lines))
+        for (model, engine, dtype), points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), color=ENGINE_COLORS[engine], ls=DTYPE_LINES[dtype], lw=1.2,
+                      marker=MARKERS[models.index(model) % len(MARKERS)], label=f"{model}: {engine}, {dtype}")
+        axes.set(xlabel=x_label, ylabel=y_label, title=name)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2 if len(lines) > 10 else 1)
+    figure.suptitle(title)
+    _save(figure, path)
+    return True
+
+
+def speed_accuracy(rows: list[dict], path, title: str):
+    """Dice against latency (logarithmic), a point per row that has a Dice: up and to the left is better."""
+    figure, axes = _subplots(1, 1, figsize=(9, 6))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for row in rows:
+        marker = MARKERS[models.index(row["model"]) % len(MARKERS)]
+        filled = row["dtype"] in ("float32", "tf32")
+        color = ENGINE_COLORS[row["engine"]]
+        axes.plot(row["p50_ms"], row["dice"], marker, color=color, ms=9, mfc=color if filled else "none", mew=1.8)
+    shown = list(dict.fromkeys(row["engine"] for row in rows))
+    axes.set(xscale="log", xlabel="ms per volume (median)", ylabel="mean label Dice on the test cases of the run")
+    for number, model in enumerate(models):
+        axes.plot([], [], MARKERS[number % len(MARKERS)], color="black", ls="none", label=model)
+    named = axes.legend(loc="lower left", title="run; hollow: half precision")
+    axes.legend(handles=[_patch(ENGINE_COLORS[engine], engine) for engine in shown], loc="lower right", title="engine")
+    axes.add_artist(named)
+    axes.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def stacked_bars(bars: dict[str, dict[str, float]], path, title: str):
+    """What a time is made of: a horizontal bar per name, its parts in ms from left to right."""
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    longest = max(sum(bar.values()) for bar in bars.values())
+    figure, axes = _subplots(1, 1, figsize=(12, 1.6 + 0.6 * len(bars)))
+    for place, bar in enumerate(bars.values()):
+        left = 0.0
+        for part, color in zip(parts, STAGE_COLORS, strict=False):
+            width = bar.get(part, 0.0)
+            axes.barh(place, width, left=left, color=color, edgecolor="white", height=0.7)
+            if width > 0.04 * longest:
+                axes.text(left + width / 2, place, three_digits(width), ha="center", va="center", fontsize=8)
+            left += width
+        axes.text(left + 0.005 * longest, place, f"{three_digits(left)} ms", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.set(xlabel="ms", xlim=(0, 1.1 * longest))
+    axes.invert_yaxis()
+    handles = [_patch(color, part) for part, color in zip(parts, STAGE_COLORS, strict=False)]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
+    axes.set_title(title)
+    _save(figure, path, rect=(0, 0.09, 1, 1))

@@ -1,0 +1,194 @@
+"""How fast things are: the timing of a run, what the device can do at most, and the floor that follows for a network.
+
+The floor of a network is the time that the device's measured matrix peak needs for its multiply-accumulates plus the
+time that its measured memory bandwidth needs for the traffic that no implementation avoids: every convolution and
+linear layer reads its input once and writes its output once, and everything between them is free.
+"""
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_REPEATS = 5
+WARMUP_S = 0.3
+TRAFFIC_OPERATIONS = ("convolution", "mm", "addmm")
+CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pattern that its name matches
+    "attention": r"attention|fmha|flash|softmax|\bbmm|baddbmm",
+    "convolution": r"conv|fprop|wgrad|dgrad|implicit_gemm",
+    "linear": r"mm\b|linear|gemm|matmul|cutlass|cublas|nvjet",
+    "norm": r"norm|var_mean|welford|bn_fw",
+    "layout copies": r"copy|cat\b|CatArray|clone|contiguous|memcpy|memset|roll|pad|transpose|permute|nchw|nhwc",
+    "other": r"",
+}
+
+
+@contextmanager
+def float32_multiplication(tf32: bool):
+    """Whether convolutions and matrix products of float32 may round their inputs to TF32, on GPUs that have it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def synchronise(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def latencies_ms(
+    run: Callable, images: list, repeats: int = 30, max_seconds: float = math.inf, min_repeats: int = MIN_REPEATS
+) -> list[float]:
+    """Milliseconds of each of `repeats` runs that take the images in turn, the device idle before and after each.
+
+    Runs that do not count come first, for WARMUP_S and one at least: caches fill, and a GPU raises its clock. When the
+    others last longer than `max_seconds` in all, there are fewer, down to `min_repeats`.
+    """
+    device = images[0].device
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARMUP_S:
+        run(images[-1])
+        synchronise(device)
+    times, began = [], time.perf_counter()
+    for repeat in range(repeats):
+        if repeat >= min_repeats and time.perf_counter() - began > max_seconds:
+            break
+        start = time.perf_counter()
+        run(images[repeat % len(images)])
+        synchronise(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def summary_of(times_ms: list[float]) -> dict[str, float]:
+    ordered = sorted(times_ms)
+
+    def percentile(share):  # the smallest time that at least this share of the runs kept within
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    return {
+        "p50_ms": statistics.median(ordered),
+        "p90_ms": percentile(0.90),
+        "p99_ms": percentile(0.99),
+        "mean_ms": statistics.fmean(ordered),
+        "sd_ms": statistics.stdev(ordered) if len(ordered) > 1 else 0.0,
+        "repeats": len(ordered),
+    }
+
+
+# ---- what the device can do ----------------------------------------------------------------------------------------
+
+
+def matrix_peak_tflops(dtype: str, device: torch.device) -> float:
+    """The most that products of two large square matrices reach, in 10^12 operations per second (two per MAC)."""
+    best = 0.0
+    for side in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
+        # Random numbers: a GPU that multiplies zeros draws less power and runs faster.
+        a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+        with float32_multiplication(tf32=dtype == "tf32"):
+            times = latencies_ms(lambda _, a=a, b=b: a @ b, [a, b], repeats=30, max_seconds=2)
+        best = max(best, 2 * side**3 / (1e9 * min(times)))
+    return best
+
+
+def copy_bandwidth_gb_s(device: torch.device) -> float:
+    """Bytes read plus bytes written per second by a copy that no cache holds, in 10^9."""
+    count = 2**28 if device.type == "cuda" else 2**26
+    source, target = torch.randn(count, device=device), torch.empty(count, device=device)
+    times = latencies_ms(lambda _: target.copy_(source), [source, source], repeats=20, max_seconds=2)
+    return 2 * source.nbytes / (1e6 * min(times))
+
+
+def unavoidable_values(model, shape) -> int:
+    """How many numbers the convolutions and linear layers of one pass over `shape` read and write."""
+    counter = Traffic()
+    with torch.no_grad(), counter:
+        deepcopy(model).to("meta").eval()(torch.empty(shape, device="meta"))
+    return counter.values
+
+
+class Traffic(TorchDispatchMode):
+    """While active, adds up the elements of the tensors that the layers with weights take and return."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in TRAFFIC_OPERATIONS:
+            self.values += result.numel() + sum(arg.numel() for arg in args if isinstance(arg, torch.Tensor))
+        return result
+
+
+def floor_ms(macs: int, values: int, bytes_per_value: int, peak_tflops: float, bandwidth_gb_s: float) -> float:
+    return 2 * macs / (1e9 * peak_tflops) + values * bytes_per_value / (1e6 * bandwidth_gb_s)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory(device: torch.device):
+    """Forget the peak so far, such as that of a compiler; on a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at once since the reset: allocated by tensors on CUDA, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():
+        from models.training import peak_memory_gib
+
+        return peak_memory_gib(device)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+
+
+# ---- where the time goes -------------------------------------------------------------------------------------------
+
+
+def profile(run: Callable, image, folder: Path, name: str) -> dict[str, float]:
+    """Milliseconds of one run by category, from torch's profiler.
+
+    Writes profile-<name>.txt, the operators or kernels by time, and trace-<name>.json.gz, which ui.perfetto.dev opens.
+    """
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    cuda = image.device.type == "cuda"
+    runs = 3
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    latencies_ms(run, [image], repeats=1)
+    with torch_profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(runs):
+            run(image)
+        synchronise(image.device)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = profiler.key_averages()
+    (folder / f"profile-{name}.txt").write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=80))
+    profiler.export_chrome_trace(str(folder / f"trace-{name}.json.gz"))
+    spent = dict.fromkeys(CATEGORIES, 0.0)
+    for event in events:
+        # On CUDA an operator's device time is that of its kernels, which are listed too: count the kernels.
+        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[category_of(event.key)] += getattr(event, key) / 1e3 / runs
+    return spent
+
+
+def category_of(name: str) -> str:
+    return next(category for category, pattern in CATEGORIES.items() if re.search(pattern, name, re.IGNORECASE))

@@ -1,0 +1,341 @@
+"""Engines: every one labels like the plain network, what cannot run says why, and no file serves other weights."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from models import build_model, engines, exports
+from models.brats import InputError
+from models.engines import ENGINES, load_engine, load_exported, why_not
+from models.inference import label_map, native_label_map, predict, segment_case
+from models.preprocessing import to_native, to_network
+
+CPU = torch.device("cpu")
+SHAPE = (1, 4, 32, 32, 32)
+needs_compiler = pytest.mark.skipif(
+    why_not("aot", "float32", CPU, torch.nn.Identity()) is not None, reason="no C++ compiler on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def swin():
+    torch.manual_seed(0)
+    return build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return build_model("unet").eval()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One folder for all tests of this file: what is compiled once is used again."""
+    return tmp_path_factory.mktemp("engines")
+
+
+def load(model, engine, cache, dtype="float32", layout="contiguous", **rest):
+    return load_engine(model, engine, dtype, layout, SHAPE, CPU, cache, **{"fallback": False, **rest})
+
+
+def agreement(model, engine, image) -> float:
+    """Share of the voxels that the engine labels as the network itself does in float32."""
+    with torch.no_grad():
+        return (engine(image).argmax(1) == model(image).argmax(1)).float().mean().item()
+
+
+# ---- the same labels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last-3d"])
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999), ("bf16", 0.99)])
+def test_the_modules_label_alike_in_every_layout_and_type(swin, image, cache, engine, layout, dtype, least):
+    loaded = load(swin, engine, cache, dtype, layout)
+    assert agreement(swin, loaded, image) >= least
+    assert loaded(image).dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999), ("bf16", 0.99)])
+def test_the_unet_labels_alike(unet, image, cache, dtype, least):
+    assert agreement(unet, load(unet, "eager", cache, dtype), image) >= least
+
+
+@needs_compiler
+def test_a_compiled_network_labels_alike(swin, image, cache):
+    assert agreement(swin, load(swin, "compile", cache), image) >= 0.999
+
+
+@pytest.mark.skipif(why_not("onnx", "float32", CPU, torch.nn.Identity()) is not None, reason="no onnxruntime")
+def test_an_onnx_file_labels_alike(swin, image, cache):
+    assert agreement(swin, load(swin, "onnx", cache), image) >= 0.999
+    assert len(list(cache.glob("*.onnx"))) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", ["eager", "fused", "compile", "cudagraph"])
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999), ("tf32", 0.99), ("bf16", 0.99), ("fp16", 0.99)])
+def test_engines_label_alike_on_cuda(swin, image, cache, engine, dtype, least):
+    if why_not(engine, dtype, torch.device("cuda"), swin):
+        pytest.skip(why_not(engine, dtype, torch.device("cuda"), swin))
+    loaded = load_engine(swin, engine, dtype, "channels-last-3d", SHAPE, "cuda", cache, fallback=False)
+    other = torch.rand(SHAPE)
+    for given in (image, other, image):  # a recorded graph must take what it is given, not what it was recorded with
+        with torch.no_grad():
+            expected = swin(given).argmax(1)
+        assert (loaded(given.cuda()).argmax(1).cpu() == expected).float().mean() >= least
+
+
+def test_the_network_that_was_handed_over_stays_as_it_was(swin, image, cache):
+    before = deepcopy(swin.state_dict())
+    load(swin, "eager", cache, "bf16", "channels-last-3d")(image)
+    for name, tensor in swin.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+    assert all(module.attention == "auto" for module in swin.modules() if hasattr(module, "attention"))
+
+
+def test_an_engine_stands_where_a_network_stands(swin, image, cache):
+    torch.testing.assert_close(predict(load(swin, "fused", cache), image[0]), predict(swin, image[0]))
+
+
+def test_another_shape_than_the_engine_was_made_for_is_refused(swin, cache):
+    with pytest.raises(InputError, match=r"made for images of \(1, 4, 32, 32, 32\), not \(1, 4, 64"):
+        load(swin, "eager", cache)(torch.rand(1, 4, 64, 64, 64))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(swin, image, cache):
+    """A .pt2 file and the logits that its engine returned when it was made."""
+    if why_not("aot", "float32", CPU, swin):
+        pytest.skip(why_not("aot", "float32", CPU, swin))
+    logits = load(swin, "aot", cache)(image)
+    return next(cache.glob("*.pt2")), logits
+
+
+def test_an_exported_network_labels_alike(swin, image, exported):
+    assert agreement(swin, load_exported(exported[0]), image) >= 0.999
+
+
+def test_an_exported_network_runs_without_the_model_code(image, exported, tmp_path):
+    torch.save(image, tmp_path / "image")
+    code = ("import sys, torch, torch._inductor\n"
+            "run = torch._inductor.aoti_load_package(sys.argv[1])\n"
+            "torch.save(run(torch.load(sys.argv[2])), sys.argv[3])\n"
+            "assert not [name for name in sys.modules if name.split('.')[0] in ('models', 'monai')]")  # fmt: skip
+    paths = [exported[0], tmp_path / "image", tmp_path / "logits"]
+    command = [sys.executable, "-I", "-c", code, *map(str, paths)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), exported[1])
+
+
+def test_an_exported_file_is_used_again_and_never_for_other_weights(swin, image, cache, exported, monkeypatch):
+    def compiles(*_, **__):
+        raise RuntimeError("compiles again")
+
+    monkeypatch.setattr(torch.export, "export", compiles)
+    torch.testing.assert_close(load(swin, "aot", cache)(image), exported[1])
+    other = deepcopy(swin)
+    with torch.no_grad():
+        other.out.conv.conv.bias[0] += 1e-3
+    with pytest.raises(RuntimeError, match="compiles again"):
+        load(other, "aot", cache)
+
+
+def rewritten(path, target, **changes):
+    """A copy of a .pt2 file with another header."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as copy:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("wrapper_metadata.json"):
+                content = json.dumps({**json.loads(content), **changes}).encode()
+            copy.writestr(name, content)
+    return target
+
+
+@pytest.mark.parametrize(("key", "value"), [("torch", "2.0.1"), ("machine", "a toaster")])
+def test_a_file_made_by_another_torch_or_machine_is_refused(exported, tmp_path, key, value):
+    path = rewritten(exported[0], tmp_path / "other.pt2", **{key: value})
+    with pytest.raises(InputError, match=f"other.pt2: made for {key} {value}, and this is .*Export it again"):
+        load_engine(path)
+
+
+def test_what_is_no_exported_file_is_refused(tmp_path):
+    for name, content in (("text.pt2", b"not a zip"), ("cut.pt2", b"PK\x03\x04 cut short")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: damaged, or not a .pt2 file"):
+            load_engine(tmp_path / name)
+    with pytest.raises(InputError, match=r"none\.pt2: no such file"):
+        load_engine(tmp_path / "none.pt2")
+
+
+def test_an_export_that_labels_otherwise_is_refused_and_removed(swin, image, tmp_path):
+    path = tmp_path / "wrong.pt2"
+    path.touch()
+    with pytest.raises(InputError, match="agrees with its original in"):
+        exports.check_export(lambda image: -swin(image), swin, image, "float32", path)
+    assert not path.exists()
+
+
+# ---- what cannot run -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_cpu_cannot_run_says_why(swin, unet):
+    assert "CUDA" in why_not("cudagraph", "float32", CPU, swin)
+    assert "CUDA only" in why_not("eager", "fp16", CPU, swin) and "CUDA only" in why_not("eager", "tf32", CPU, swin)
+    assert "no attention" in why_not("fused", "float32", CPU, unet)
+    assert why_not("fused", "bf16", CPU, swin) is None
+
+
+def test_a_machine_without_a_compiler_says_so(swin, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "g++" in why_not("compile", "float32", CPU, swin)
+    assert why_not("fused", "float32", CPU, swin) is None
+
+
+def test_a_machine_without_onnx_names_the_packages(swin, monkeypatch):
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert why_not("onnx", "float32", CPU, swin) == "pip install onnx onnxscript onnxruntime"
+
+
+@pytest.mark.parametrize(("engine", "dtype"), [("tensorrt", "float32"), ("eager", "int8")])
+def test_an_engine_or_a_type_that_does_not_exist_is_refused(swin, engine, dtype, cache):
+    with pytest.raises(InputError, match=r"there is no '(tensorrt|int8)'\. There are: "):
+        load(swin, engine, cache, dtype, fallback=True)
+
+
+def test_a_compiler_that_fails_is_replaced_loudly(swin, image, cache, monkeypatch, capsys):
+    def crashes(_):
+        raise RuntimeError("the compiler crashed")
+
+    monkeypatch.setattr(engines, "_compiled", crashes)
+    loaded = load(swin, "compile", cache, fallback=True)
+    assert loaded.engine == "fused" and agreement(swin, loaded, image) >= 0.999
+    log = capsys.readouterr().err
+    assert "the compiler crashed" in log and "Taking fused in place of compile" in log
+    with pytest.raises(RuntimeError, match="the compiler crashed"):
+        load(swin, "compile", cache)
+
+
+def test_a_network_without_attention_falls_back_to_its_modules(unet, image, cache, capsys):
+    loaded = load(unet, "fused", cache, fallback=True)
+    assert loaded.engine == "eager" and agreement(unet, loaded, image) == 1
+    assert "no attention" in capsys.readouterr().err
+
+
+def test_a_type_that_the_device_lacks_is_refused_with_every_engine(swin, cache):
+    with pytest.raises(InputError, match="fp16 is offered on CUDA only"):
+        load(swin, "compile", cache, "fp16", fallback=True)
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("faster", ["contiguous", "channels-last-3d"])
+def test_the_faster_layout_is_taken_and_remembered(unet, tmp_path, monkeypatch, faster):
+    measured = []
+
+    def latencies(engine, *_, **__):
+        measured.append(engine.layout)
+        return [1.0 if engine.layout == faster else 2.0]
+
+    monkeypatch.setattr(engines, "latencies_ms", latencies)
+    assert load(unet, "eager", tmp_path, layout="auto").layout == faster
+    assert load(unet, "eager", tmp_path, layout="auto").layout == faster
+    assert sorted(measured) == ["channels-last-3d", "contiguous"]
+
+
+# ---- from a checkpoint, and to a label map -------------------------------------------------------------------------
+
+
+def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
+    from models import CHECKPOINT_FORMAT
+    from models.brats import MODALITIES
+
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
+    torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
+                "epoch": 1, "model": unet.state_dict()}, tmp_path / "best.pt")  # fmt: skip
+    loaded = load_engine(tmp_path, "eager", shape=SHAPE, cache=tmp_path / "engines")
+    assert agreement(unet, loaded, image) == 1
+
+
+def blobs(size, classes=4, seed=0, centre=0.5):
+    """Smooth probabilities [C, D, H, W] with background around a few blobs."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(0, 1, size),) * 3, indexing="ij"))
+    logits = [np.zeros((size,) * 3)]
+    for _ in range(1, classes):
+        middle = np.clip(centre + rng.uniform(-0.15, 0.15, 3), 0, 1)[:, None, None, None]
+        logits.append(4 - 40 * np.sqrt(((grid - middle) ** 2).sum(0)) + rng.normal(0, 0.3, (size,) * 3))
+    return torch.from_numpy(np.stack(logits)).float().softmax(0)
+
+
+AFFINES = {
+    "LPS": np.diag([-1.0, -1.0, 1.0, 1.0]),
+    "turned axes": np.array([[0, 0, 1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]),
+    "thick slices": np.diag([0.8, 0.9, 3.0, 1.0]),
+    "coarser than the network": np.diag([2.5, 2.5, 2.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+@pytest.mark.parametrize("centre", [0.5, 0.0, 1.0])  # in the middle, and cut off by the border
+def test_native_labels_are_those_of_the_whole_volume_taken_back(affine, centre):
+    volume = np.zeros((4, 40, 36, 30), np.float32)
+    volume[:, 5:33, 4:30, 3:25] = np.random.default_rng(0).uniform(1, 2, (4, 28, 26, 22))
+    geometry = to_network(volume, None, affine, 32)["geometry"]
+    probabilities = blobs(32, centre=centre)
+    whole = to_native(probabilities, geometry).argmax(0)
+    assert (whole > 0).any(), "no tumour to compare"
+    labels = native_label_map(probabilities, geometry)
+    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), whole)
+
+
+def test_no_tumour_gives_an_empty_native_map():
+    geometry = to_network(np.ones((4, 20, 22, 24), np.float32) + np.arange(24), None, np.eye(4), 16)["geometry"]
+    probabilities = torch.tensor([0.7, 0.1, 0.1, 0.1])[:, None, None, None].expand(4, 16, 16, 16)
+    labels = native_label_map(probabilities, geometry)
+    assert labels.shape == (20, 22, 24) and not labels.any()
+
+
+def test_a_running_maximum_is_argmax_and_takes_the_first_of_equals():
+    values = torch.randint(0, 3, (4, 9, 10, 11), generator=torch.Generator().manual_seed(0)).float()
+    assert (values.amax(0) == values).sum() > values[0].numel(), "no ties"
+    assert np.array_equal(label_map(values).numpy(), values.numpy().argmax(0))
+
+
+def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp_path):
+    from models.brats import find_cases, read_case, read_nifti
+
+    case = find_cases(raw)[0]
+    stages = segment_case(case, unet, 32, CPU, tmp_path / "prediction.nii.gz")
+    assert list(stages) == ["load", "preprocess", "forward", "postprocess", "write"]
+    assert all(duration > 0 for duration in stages.values())
+    volumes = read_case(case)
+    written, affine = read_nifti(tmp_path / "prediction.nii.gz")
+    assert written.shape == volumes.image.shape[1:] and np.allclose(affine, volumes.affine)
+    result = to_network(volumes.image, None, volumes.affine, 32)
+    expected = to_native(predict(unet, result["image"]), result["geometry"]).argmax(0).numpy()
+    assert np.array_equal(written, np.array([0, 1, 2, 4])[expected])  # the data set's own label values
+
+
+def test_the_benchmark_script_documents_every_engine_and_type():
+    usage = (ROOT / "benchmark_inference.py").read_text().split('"""')[1]
+    assert all(name in usage for name in (*ENGINES, *engines.DTYPES))
