@@ -31,4 +31,4 @@ test: .venv/ready-test
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo .engines
