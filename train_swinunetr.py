@@ -2,11 +2,11 @@
 """Train the transformer, Swin UNETR, on preprocessed BraTS cases with the same loop as the U-Net, then test it.
 
 Writes models/swinunetr/results/<run>/: config.json, train.csv, training_plots.png, best.pt (best validation Dice),
-last.pt, test_results.csv and test_prediction_overlay.png. The defaults are the paper's network (feature size 48), which
-needs 6 GiB of GPU memory at 128x128x128; evaluate.py compares the run with one of the U-Net.
+last.pt, test_results.csv and test_prediction_overlay.png. The defaults are the paper's network (feature size 48), whose
+tensors take 5.5 GiB at 128x128x128 in bf16 (counted); evaluate.py compares the run with one of the U-Net.
 
   python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
-  python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (a GPU of 4 to 6 GB)
+  python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (3.0 GiB, slower)
   torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
   python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit
                                                                               8: a minute on a CPU)
