@@ -156,8 +156,8 @@ def score_run(run: str, models: list, data: Path, names, raw, args, device, dtyp
 
     from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
-    from models.inference import label_map, native_label_map, predict
-    from models.preprocessing import network_spacing_mm
+    from models.inference import predict
+    from models.preprocessing import label_map, native_label_map, network_spacing_mm
 
     rows, maps, seconds = [], {}, []
     for name in tqdm(names, desc=run, unit="case"):

@@ -115,12 +115,21 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
 
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
+    manifest = _manifest(data)
+    identity = [manifest["settings"], {name: entry["sha256"] for name, entry in manifest["cases"].items()}]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def spacing_of_cases(data: str | Path) -> float:
+    """The --spacing that a data set was preprocessed with, in mm."""
+    return _manifest(data)["settings"]["spacing_mm"]
+
+
+def _manifest(data: str | Path) -> dict:
     path = Path(data) / "manifest.json"
     if not path.is_file():
         raise InputError(f"{path}: missing. Preprocess again with preprocess_brats.py.")
-    manifest = json.loads(path.read_text())
-    identity = [manifest["settings"], {name: entry["sha256"] for name, entry in manifest["cases"].items()}]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return json.loads(path.read_text())
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

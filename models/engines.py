@@ -252,7 +252,7 @@ def _compiled(prepared: nn.Module) -> Callable:
     mode = "max-autotune-no-cudagraphs" if next(prepared.parameters()).is_cuda else "default"
     # Each engine compiles the same forward() anew: the limit is there for accidental recompilation.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(prepared, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(prepared, dynamic=False, mode=mode)  # MONAI's network breaks into several graphs
 
 
 def _recorded(engine: Engine, image: Tensor) -> Callable:

@@ -41,21 +41,11 @@ def open_run(path: Path, device: str, amp: str) -> Run:
     amp_dtype = training.amp_dtype(amp, device)
     model, _ = load_model(path, device)
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder / 'config.json'}: missing, so the size that {path} was trained on is not known.")
-    config = json.loads((folder / "config.json").read_text())
-    return Run(folder.name, model, config["size"][0], spacing_of_run(config), device, amp_dtype)
-
-
-def spacing_of_run(config: dict) -> float:
-    """The --spacing of the preprocessed cases that a run was trained on, in mm; 1 where they are no longer there."""
-    from models.dataset import manifest_checksum
-
-    data = Path(config["arguments"]["data"])
-    if (data / "manifest.json").is_file() and manifest_checksum(data) == config["data_manifest_sha256"]:
-        return json.loads((data / "manifest.json").read_text())["settings"]["spacing_mm"]
-    print(f"Note: {data}, which the run was trained on, is not here: its --spacing is taken to be 1 mm.")
-    return 1.0
+    described = folder / "config.json"
+    config = json.loads(described.read_text()) if described.is_file() else {}
+    if missing := {"size", "spacing_mm"} - config.keys():
+        raise InputError(f"{described}: does not tell {' and '.join(sorted(missing))} of the cases it was trained on.")
+    return Run(folder.name, model, config["size"][0], config["spacing_mm"], device, amp_dtype)
 
 
 def refuse_other_size(scene: Scene, run: Run):
@@ -75,8 +65,8 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
     """
     import torch
 
-    from models.inference import label_map, native_label_map, predict
-    from models.preprocessing import to_network
+    from models.inference import predict
+    from models.preprocessing import label_map, native_label_map, to_network
 
     refuse_other_size(scene, run)
     times = [time.perf_counter()]

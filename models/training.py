@@ -24,7 +24,7 @@ from tqdm import tqdm
 from models import CHECKPOINT_FORMAT, RUNTIME_SETTINGS, cost, load_checkpoint, load_weights, size_multiple
 from models.augment import augment
 from models.brats import LABELS, MODALITIES, TARGETS, InputError, write_atomically
-from models.dataset import Cases, batches, epoch_order, fits_in_memory, load_case, manifest_checksum
+from models.dataset import Cases, batches, epoch_order, fits_in_memory, load_case, manifest_checksum, spacing_of_cases
 from models.inference import predict
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.plots import prediction_overlay, training_plots
@@ -104,6 +104,7 @@ def open_run(model, args, split: dict[str, list[str]], size: list[int], device: 
         "network": model.network,
         "model": model.config,
         "size": size,
+        "spacing_mm": spacing_of_cases(args.data),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "amp": str(amp_dtype(args.amp, device)),
         "learning_rate": args.learning_rate,

@@ -14,7 +14,7 @@ from conftest import ROOT
 from models import build_model, engines, exports
 from models.brats import InputError
 from models.engines import ENGINES, load_engine, load_exported, why_not
-from models.inference import label_map, native_label_map, predict, segment_case
+from models.inference import predict, segment_case
 from models.preprocessing import to_native, to_network
 
 CPU = torch.device("cpu")
@@ -274,51 +274,6 @@ def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
                 "epoch": 1, "model": unet.state_dict()}, tmp_path / "best.pt")  # fmt: skip
     loaded = load_engine(tmp_path, "eager", shape=SHAPE, cache=tmp_path / "engines")
     assert agreement(unet, loaded, image) == 1
-
-
-def blobs(size, classes=4, seed=0, centre=0.5):
-    """Smooth probabilities [C, D, H, W] with background around a few blobs."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.linspace(0, 1, size),) * 3, indexing="ij"))
-    logits = [np.zeros((size,) * 3)]
-    for _ in range(1, classes):
-        middle = np.clip(centre + rng.uniform(-0.15, 0.15, 3), 0, 1)[:, None, None, None]
-        logits.append(4 - 40 * np.sqrt(((grid - middle) ** 2).sum(0)) + rng.normal(0, 0.3, (size,) * 3))
-    return torch.from_numpy(np.stack(logits)).float().softmax(0)
-
-
-AFFINES = {
-    "LPS": np.diag([-1.0, -1.0, 1.0, 1.0]),
-    "turned axes": np.array([[0, 0, 1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]),
-    "thick slices": np.diag([0.8, 0.9, 3.0, 1.0]),
-    "coarser than the network": np.diag([2.5, 2.5, 2.5, 1.0]),
-}
-
-
-@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
-@pytest.mark.parametrize("centre", [0.5, 0.0, 1.0])  # in the middle, and cut off by the border
-def test_native_labels_are_those_of_the_whole_volume_taken_back(affine, centre):
-    volume = np.zeros((4, 40, 36, 30), np.float32)
-    volume[:, 5:33, 4:30, 3:25] = np.random.default_rng(0).uniform(1, 2, (4, 28, 26, 22))
-    geometry = to_network(volume, None, affine, 32)["geometry"]
-    probabilities = blobs(32, centre=centre)
-    whole = to_native(probabilities, geometry).argmax(0)
-    assert (whole > 0).any(), "no tumour to compare"
-    labels = native_label_map(probabilities, geometry)
-    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), whole)
-
-
-def test_no_tumour_gives_an_empty_native_map():
-    geometry = to_network(np.ones((4, 20, 22, 24), np.float32) + np.arange(24), None, np.eye(4), 16)["geometry"]
-    probabilities = torch.tensor([0.7, 0.1, 0.1, 0.1])[:, None, None, None].expand(4, 16, 16, 16)
-    labels = native_label_map(probabilities, geometry)
-    assert labels.shape == (20, 22, 24) and not labels.any()
-
-
-def test_a_running_maximum_is_argmax_and_takes_the_first_of_equals():
-    values = torch.randint(0, 3, (4, 9, 10, 11), generator=torch.Generator().manual_seed(0)).float()
-    assert (values.amax(0) == values).sum() > values[0].numel(), "no ties"
-    assert np.array_equal(label_map(values).numpy(), values.numpy().argmax(0))
 
 
 def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp_path):

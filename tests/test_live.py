@@ -15,7 +15,6 @@ from test_viewer import SCRIPT, key, open_scene, scroll
 import view_interactive_4pane_brats as view
 from models import CHECKPOINT_FORMAT, build_model
 from models.brats import MODALITIES, InputError, find_cases, read_case, to_ras
-from models.dataset import manifest_checksum
 from models.inference import predict
 from models.live import Run, Session, open_run, segment
 from models.metrics import confusion, dice_per_target
@@ -219,24 +218,15 @@ def run(tensors, tmp_path_factory):
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
     torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
                 "epoch": 1, "dice_mean": 0.0, "model": model.state_dict()}, folder / "best.pt")  # fmt: skip
-    described = {"size": [32, 32, 32], "arguments": {"data": str(tensors)}, "data_manifest_sha256": "other"}
-    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps({"size": [32, 32, 32], "spacing_mm": 2.0}))
     return folder
 
 
-def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tensors, tmp_path, capsys):
-    opened = open_run(run, "cpu", "off")
-    assert (opened.name, opened.size, opened.spacing_mm) == ("small", 32, 1.0)
-    assert "1 mm" in capsys.readouterr().out  # the manifest is not the one that the run names
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "manifest.json").write_text(json.dumps({"settings": {"spacing_mm": 2.0}, "cases": {}}))
-    described = {"size": [32] * 3, "arguments": {"data": str(data)}, "data_manifest_sha256": manifest_checksum(data)}
-    (tmp_path / "config.json").write_text(json.dumps(described))
+def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tmp_path):
+    opened = open_run(run / "best.pt", "cpu", "off")
+    assert (opened.name, opened.size, opened.spacing_mm) == ("small", 32, 2.0)
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
-    assert open_run(tmp_path / "best.pt", "cpu", "off").spacing_mm == 2.0
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match="size that"):
+    with pytest.raises(InputError, match="does not tell size and spacing_mm"):
         open_run(tmp_path, "cpu", "off")
 
 

@@ -9,6 +9,8 @@ from conftest import LPS, make_head
 from models.brats import TARGETS, InputError, find_cases, read_case, to_training_labels
 from models.preprocessing import (
     foreground_box,
+    label_map,
+    native_label_map,
     network_spacing_mm,
     normalise,
     spacing_of,
@@ -176,3 +178,51 @@ def test_real_cases_keep_their_tumours_at_128(real_cases):
         assert dice(np.isin(back, TARGETS["WT"]), np.isin(label, TARGETS["WT"])) >= 0.96, case.name
         assert dice(back == 3, label == 3) >= 0.88, case.name
         assert result["image"].min() >= 0 and result["image"].max() <= 1
+
+
+# ---- label maps ----------------------------------------------------------------------------------------------------
+
+
+def blobs(size, classes=4, seed=0, centre=0.5):
+    """Smooth probabilities [C, D, H, W] with background around a few blobs."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(0, 1, size),) * 3, indexing="ij"))
+    logits = [np.zeros((size,) * 3)]
+    for _ in range(1, classes):
+        middle = np.clip(centre + rng.uniform(-0.15, 0.15, 3), 0, 1)[:, None, None, None]
+        logits.append(4 - 40 * np.sqrt(((grid - middle) ** 2).sum(0)) + rng.normal(0, 0.3, (size,) * 3))
+    return torch.from_numpy(np.stack(logits)).float().softmax(0)
+
+
+AFFINES = {
+    "LPS": np.diag([-1.0, -1.0, 1.0, 1.0]),
+    "turned axes": np.array([[0, 0, 1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]]),
+    "thick slices": np.diag([0.8, 0.9, 3.0, 1.0]),
+    "coarser than the network": np.diag([2.5, 2.5, 2.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+@pytest.mark.parametrize("centre", [0.5, 0.0, 1.0])  # in the middle, and cut off by the border
+def test_native_labels_are_those_of_the_whole_volume_taken_back(affine, centre):
+    volume = np.zeros((4, 40, 36, 30), np.float32)
+    volume[:, 5:33, 4:30, 3:25] = np.random.default_rng(0).uniform(1, 2, (4, 28, 26, 22))
+    geometry = to_network(volume, None, affine, 32)["geometry"]
+    probabilities = blobs(32, centre=centre)
+    whole = to_native(probabilities, geometry).argmax(0)
+    assert (whole > 0).any(), "no tumour to compare"
+    labels = native_label_map(probabilities, geometry)
+    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), whole)
+
+
+def test_no_tumour_gives_an_empty_native_map():
+    geometry = to_network(np.ones((4, 20, 22, 24), np.float32) + np.arange(24), None, np.eye(4), 16)["geometry"]
+    probabilities = torch.tensor([0.7, 0.1, 0.1, 0.1])[:, None, None, None].expand(4, 16, 16, 16)
+    labels = native_label_map(probabilities, geometry)
+    assert labels.shape == (20, 22, 24) and not labels.any()
+
+
+def test_a_running_maximum_is_argmax_and_takes_the_first_of_equals():
+    values = torch.randint(0, 3, (4, 9, 10, 11), generator=torch.Generator().manual_seed(0)).float()
+    assert (values.amax(0) == values).sum() > values[0].numel(), "no ties"
+    assert np.array_equal(label_map(values).numpy(), values.numpy().argmax(0))

@@ -72,16 +72,17 @@ def test_attention_part_by_part_has_the_values_and_gradients_of_the_formula(wind
     q, k, v = torch.randn(3, 5, tokens, heads, 4, dtype=torch.float64).transpose(2, 3).unbind()  # strided, as in use
     bias = torch.randn(1, heads, tokens, tokens, dtype=torch.float64)
     expected = (q @ k.mT / 2 + bias).softmax(-1) @ v
-    torch.testing.assert_close(blocked_attention.BlockedAttention.apply(q, k, v, bias), expected)
+    torch.testing.assert_close(blocked_attention.blocked_attention(q, k, v, bias), expected)
     inputs = [x.requires_grad_() for x in (q, k, v, bias)]
-    assert torch.autograd.gradcheck(blocked_attention.BlockedAttention.apply, inputs)
+    assert torch.autograd.gradcheck(blocked_attention.blocked_attention, inputs)
+    torch.library.opcheck(blocked_attention.blocked_attention, inputs)  # what torch.compile is told of it is so
 
 
 def test_attention_in_half_precision_rounds_only_its_result():
     q, k, v = torch.randn(3, 4, 2, 9, 8).bfloat16().unbind()
     bias = torch.randn(1, 2, 9, 9)
     expected = (q.double() @ k.double().mT * 8**-0.5 + bias).softmax(-1) @ v.double()
-    actual = blocked_attention.BlockedAttention.apply(q, k, v, bias)
+    actual = blocked_attention.blocked_attention(q, k, v, bias)
     torch.testing.assert_close(actual, expected.bfloat16(), rtol=8e-3, atol=1e-5)  # one step of bf16
 
 

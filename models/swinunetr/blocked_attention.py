@@ -5,6 +5,8 @@ formula. Here each part of them is made, used and overwritten within a few megab
 Products with a narrow side (4 to 16 channels per head) are computed transposed, [d, N] in place of [N, d], which BLAS
 does several times faster.
 
+As custom operators they are single steps to torch.compile, which would unroll the loop over the parts.
+
 Letters in shape comments: G windows, g windows of one part, h heads, N tokens per window, d channels per head.
 """
 
@@ -14,41 +16,60 @@ from torch import Tensor
 LOGITS_AT_ONCE = 2**20  # two workspaces of 4 MiB in float32
 
 
-class BlockedAttention(torch.autograd.Function):
+@torch.library.custom_op("swinunetr::blocked_attention", mutates_args=())
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v [G, h, N, d] and bias [1, h, N, N], with gradients for all four.
 
     Half-precision inputs are computed in float32: only the results are rounded.
     """
+    mixed = _transposed_like(q, torch.promote_types(q.dtype, torch.float32))
+    for part, q_part, k_part, v_part, workspace in _parts(q, k, v):
+        weights = _weights(q_part, k_part, bias, workspace)
+        torch.bmm(v_part.mT, weights.mT, out=mixed[part].flatten(0, 1))
+    return mixed.mT.to(q.dtype)
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        mixed = q.new_empty((*q.shape[:2], q.shape[3], q.shape[2]), dtype=dtype)  # [G, h, d, N]
-        for part, q_part, k_part, v_part, workspace in _parts(q, k, v):
-            weights = _weights(q_part, k_part, bias, workspace)
-            torch.bmm(v_part.mT, weights.mT, out=mixed[part].flatten(0, 1))
-        return mixed.mT.to(q.dtype)
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        q, k, v, bias = ctx.saved_tensors
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_q, grad_k, grad_v = q.new_empty((3, *q.shape[:2], q.shape[3], q.shape[2]), dtype=dtype)  # [G, h, d, N]
-        grad_bias = torch.zeros_like(bias, dtype=dtype)
-        for part, q_part, k_part, v_part, workspace in _parts(q, k, v):
-            weights = _weights(q_part, k_part, bias, workspace)  # [g h, N, N]
-            grad_out = gradient[part].flatten(0, 1).to(dtype)  # [g h, N, d]
-            torch.bmm(grad_out.mT, weights, out=grad_v[part].flatten(0, 1))
-            # The softmax's gradient: weights * (grad - the mean of grad under these weights), which is out . grad_out.
-            mixed = torch.bmm(v_part.mT, weights.mT)  # [g h, d, N]
-            mean = (mixed * grad_out.mT).sum(1)[..., None]  # [g h, N, 1]
-            grad_logits = torch.bmm(grad_out, v_part.mT, out=workspace[0][: len(weights)]).sub_(mean).mul_(weights)
-            grad_bias += grad_logits.view(-1, *bias.shape[1:]).sum(0)
-            torch.bmm(k_part.mT, grad_logits.mT, out=grad_q[part].flatten(0, 1))
-            torch.bmm(q_part.mT, grad_logits, out=grad_k[part].flatten(0, 1))
-        grad_q *= q.shape[-1] ** -0.5  # q_part carries this factor, so grad_k has it already
-        return grad_q.mT.to(q.dtype), grad_k.mT.to(k.dtype), grad_v.mT.to(v.dtype), grad_bias.to(bias.dtype)
+@torch.library.custom_op("swinunetr::blocked_attention_gradients", mutates_args=())
+def _gradients(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grad_q, grad_k, grad_v = (_transposed_like(q, dtype) for _ in range(3))
+    grad_bias = torch.zeros_like(bias, dtype=dtype)
+    for part, q_part, k_part, v_part, workspace in _parts(q, k, v):
+        weights = _weights(q_part, k_part, bias, workspace)  # [g h, N, N]
+        grad_out = gradient[part].flatten(0, 1).to(dtype)  # [g h, N, d]
+        torch.bmm(grad_out.mT, weights, out=grad_v[part].flatten(0, 1))
+        # The softmax's gradient: weights * (grad - the mean of grad under these weights), which is out . grad_out.
+        mixed = torch.bmm(v_part.mT, weights.mT)  # [g h, d, N]
+        mean = (mixed * grad_out.mT).sum(1)[..., None]  # [g h, N, 1]
+        grad_logits = torch.bmm(grad_out, v_part.mT, out=workspace[0][: len(weights)]).sub_(mean).mul_(weights)
+        grad_bias += grad_logits.view(-1, *bias.shape[1:]).sum(0)
+        torch.bmm(k_part.mT, grad_logits.mT, out=grad_q[part].flatten(0, 1))
+        torch.bmm(q_part.mT, grad_logits, out=grad_k[part].flatten(0, 1))
+    grad_q *= q.shape[-1] ** -0.5  # q_part carries this factor, so grad_k has it already
+    return grad_q.mT.to(q.dtype), grad_k.mT.to(k.dtype), grad_v.mT.to(v.dtype), grad_bias.to(bias.dtype)
+
+
+@blocked_attention.register_fake
+def _(q, k, v, bias):
+    return _transposed_like(q, q.dtype).mT
+
+
+@_gradients.register_fake
+def _(gradient, q, k, v, bias):
+    return *(_transposed_like(q, x.dtype).mT for x in (q, k, v)), torch.empty_like(bias)
+
+
+blocked_attention.register_autograd(
+    lambda ctx, gradient: _gradients(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def _transposed_like(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unfilled [G, h, d, N] for q [G, h, N, d]."""
+    return q.new_empty((*q.shape[:2], q.shape[3], q.shape[2]), dtype=dtype)
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor):

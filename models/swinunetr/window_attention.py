@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.swinunetr.blocked_attention import BlockedAttention
+from models.swinunetr.blocked_attention import blocked_attention
 
 ATTENTION = ("reference", "sdpa", "auto")
 MASKED = -100.0  # added to the logit of a pair of tokens that are not neighbours; exp(-100) is nothing in float32
@@ -93,13 +93,13 @@ class WindowAttention(nn.Module):
         return qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def _is_blocked(self, q: Tensor) -> bool:
-        """Whether "auto" goes through the windows part by part: a compiled graph would unroll that loop."""
-        return self.attention == "auto" and q.is_cpu and not torch.compiler.is_compiling()
+        """Whether the windows are attended part by part."""
+        return self.attention == "auto" and q.is_cpu
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(C/h) + bias) v for q, k, v [G, h, N, C/h] and bias [1, h, N, N]."""
         if self._is_blocked(q):
-            return BlockedAttention.apply(q, k, v, bias)
+            return blocked_attention(q, k, v, bias)
         if self.attention == "reference":
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # [G, h, N, N]
             return logits.softmax(-1).to(v.dtype) @ v
