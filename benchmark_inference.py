@@ -222,6 +222,7 @@ def print_table(rows: list[dict], ability: dict):
 def draw(args, jobs, rows, table: Path) -> list[Path]:
     """The figures of this run; those over batch and size show every run in the table."""
     from models import benchmark_plots as plots
+    from models.benchmark import latest_rows, row_name
 
     done = [row for row in rows if row["status"] == "ok"]
     if not done:
@@ -244,8 +245,10 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
     scored = [row for row in done if row["dice"] is not None]
     if scored:
         plots.speed_accuracy(scored, figure("speed-accuracy"), title)
-    whole = {f"{row['model']}: {row['engine']}, {row['dtype']}": {s: row[f"{s}_ms"] for s in STAGES}
-             for row in done if row["load_ms"] is not None}
+    whole = {}
+    for row in sorted(done, key=lambda row: row["p50_ms"]):
+        if row["load_ms"] is not None:
+            whole.setdefault(row["network"], {})[row_name(row)] = {stage: row[f"{stage}_ms"] for stage in STAGES}
     if whole:
         plots.stacked_bars(whole, figure("end-to-end"), f"From four files to a label map on disk. {title}")
     if args.profile and (spent := profiles(jobs, rows)):
@@ -253,20 +256,9 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
     return drawn
 
 
-def latest_rows(table: Path) -> list[dict]:
-    """The last row of the table for each setting, with numbers where there are some."""
-    latest = {}
-    for row in csv.DictReader(table.open(newline="")):
-        if row["status"] == "ok":
-            row |= {"batch": int(row["batch"]), "size": int(row["size"])}
-            row |= {key: float(row[key]) for key in ("volumes_per_s", "peak_gib")}
-            latest[tuple(row[key] for key in ("model", "engine", "dtype", "batch", "size", "parameters"))] = row
-    return list(latest.values())
-
-
-def profiles(jobs: list[dict], rows: list[dict]) -> dict[str, dict[str, float]]:
+def profiles(jobs: list[dict], rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
     """For each network, where the time goes in MONAI's class, eager in float32, and in the fastest engine of ours."""
-    from models.benchmark import in_own_process, is_baseline
+    from models.benchmark import in_own_process, is_baseline, row_name
 
     spent = {}
     measured = [(row["p50_ms"], job) for job, row in zip(jobs, rows, strict=True) if row["status"] == "ok"]
@@ -279,7 +271,7 @@ def profiles(jobs: list[dict], rows: list[dict]) -> dict[str, dict[str, float]]:
                 job = min(chosen, key=lambda one: one[0])[1]
                 result = in_own_process(job | {"profile": f"{network}-{when}"})
                 if result["status"] == "ok":
-                    spent[f"{job['model']}: {job['engine']}, {job['dtype']}"] = result["spent_ms"]
+                    spent.setdefault(network, {})[row_name(job)] = result["spent_ms"]
     return spent
 
 

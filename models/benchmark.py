@@ -18,11 +18,12 @@ import torch
 
 from models import build_model, load_model
 from models.brats import LABELS, InputError, find_cases
-from models.engines import Engine, load_engine
+from models.engines import Engine, load_engine, with_attention
 from models.inference import segment_case
 from models.speed import (
     DTYPES,
     copy_bandwidth_gb_s,
+    float32_multiplication,
     floor_ms,
     latencies_ms,
     matrix_peak_tflops,
@@ -98,8 +99,9 @@ def measure_row(job: dict) -> dict:
     if job["case"] and job["batch"] == 1:
         row |= measure_case(job, engine, device)
     if network is not None:
-        reference = load_engine(network, "eager", "float32", "contiguous", **setting)
-        row |= parity(engine(images[0]), reference(images[0]))
+        with torch.inference_mode(), float32_multiplication(tf32=False):
+            reference = with_attention(network, "reference").to(device)(images[0])
+        row |= parity(engine(images[0]), reference)
     return row
 
 
@@ -198,6 +200,21 @@ def add_ratios(rows: list[dict]):
 def is_baseline(row: dict) -> bool:
     """Whether this is MONAI's class, eager in float32; the U-Net is MONAI's own class in any case."""
     return (row["engine"], row["dtype"]) == ("eager", "float32") and (row["model"] == MONAI or row["network"] == "unet")
+
+
+def latest_rows(table: Path) -> list[dict]:
+    """The last row of the table for each setting, with numbers where there are some."""
+    latest = {}
+    for row in csv.DictReader(table.open(newline="")):
+        if row["status"] == "ok":
+            row |= {"batch": int(row["batch"]), "size": int(row["size"])}
+            row |= {key: float(row[key]) for key in ("volumes_per_s", "peak_gib")}
+            latest[tuple(row[key] for key in ("model", "engine", "dtype", "batch", "size", "parameters"))] = row
+    return list(latest.values())
+
+
+def row_name(row: dict) -> str:
+    return f"{row['model']}: {row['engine']}, {row['dtype']}"
 
 
 def device_name(device: str) -> str:

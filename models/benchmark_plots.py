@@ -96,24 +96,29 @@ def speed_accuracy(rows: list[dict], path, title: str):
     _save(figure, path)
 
 
-def stacked_bars(bars: dict[str, dict[str, float]], path, title: str):
-    """What a time is made of: a horizontal bar per name, its parts in ms from left to right."""
-    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    longest = max(sum(bar.values()) for bar in bars.values())
-    figure, axes = _subplots(1, 1, figsize=(12, 1.6 + 0.6 * len(bars)))
-    for place, bar in enumerate(bars.values()):
-        left = 0.0
-        for part, color in zip(parts, STAGE_COLORS, strict=False):
-            width = bar.get(part, 0.0)
-            axes.barh(place, width, left=left, color=color, edgecolor="white", height=0.7)
-            if width > 0.04 * longest:
-                axes.text(left + width / 2, place, three_digits(width), ha="center", va="center", fontsize=8)
-            left += width
-        axes.text(left + 0.005 * longest, place, f"{three_digits(left)} ms", va="center", fontsize=9)
-    axes.set_yticks(range(len(bars)), list(bars))
-    axes.set(xlabel="ms", xlim=(0, 1.1 * longest))
-    axes.invert_yaxis()
+def stacked_bars(panels: dict[str, dict[str, dict[str, float]]], path, title: str):
+    """What a time is made of: a panel per network with a scale of its own, in it a horizontal bar per name, its parts
+    in ms from left to right."""
+    parts = list(dict.fromkeys(part for bars in panels.values() for bar in bars.values() for part in bar))
+    heights = [len(bars) for bars in panels.values()]
+    height = 0.36 * sum(heights) + 0.9 * len(panels) + 0.9  # inches
+    figure = Figure(figsize=(12, height))
+    grid = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (name, bars) in zip(grid[:, 0], panels.items(), strict=True):
+        longest = max(sum(bar.values()) for bar in bars.values())
+        for place, bar in enumerate(bars.values()):
+            left = 0.0
+            for part, color in zip(parts, STAGE_COLORS, strict=False):
+                width = bar.get(part, 0.0)
+                axes.barh(place, width, left=left, color=color, edgecolor="white", height=0.75)
+                if width > 0.035 * longest:
+                    axes.text(left + width / 2, place, three_digits(width), ha="center", va="center", fontsize=8)
+                left += width
+            axes.text(left + 0.005 * longest, place, f"{three_digits(left)} ms", va="center", fontsize=9)
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
+        axes.set(xlim=(0, 1.1 * longest), ylim=(len(bars) - 0.4, -0.6), title=name)
+    grid[-1, 0].set_xlabel("ms")
     handles = [_patch(color, part) for part, color in zip(parts, STAGE_COLORS, strict=False)]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
-    axes.set_title(title)
-    _save(figure, path, rect=(0, 0.09, 1, 1))
+    figure.suptitle(title)
+    _save(figure, path, rect=(0, 0.35 / height, 1, 1))

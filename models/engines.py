@@ -213,8 +213,6 @@ def _variants(model, engine: str, dtype: str, layout: str, image: Tensor, cache:
     modules = "fused" if has_attention(model) else "eager"
     if engine == "cudagraph":
         return [_fastest(model, base, dtype, layout, image, cache) for base in (modules, "compile")]
-    if engine == "compile" and not image.is_cuda:  # whose convolutions are those of the modules; compiling takes long
-        return [_fastest(model, modules, dtype, layout, image, cache)._replace(compiled=True)]
     layouts = LAYOUTS if layout == "auto" else [layout]
     variants = [Variant(one, "torch", engine == "compile") for one in layouts]
     own = any(hasattr(module, "kernel") for module in model.modules())  # see models.swinunetr.network.use_triton

@@ -4,6 +4,7 @@ A `.pt2` file of ours carries a header, so that one that cannot run here is refu
 """
 
 import json
+import logging
 import os
 import platform
 import zipfile
@@ -19,7 +20,8 @@ from models.brats import InputError
 from models.speed import DTYPES, float32_multiplication
 
 FORMAT = "1"  # of the header in a .pt2 file
-AGREEMENT = {"float32": 0.999, "tf32": 0.99, "bf16": 0.98, "fp16": 0.99}  # of labels, below which an export is refused
+# Share of equal labels below which an export is refused; in bf16 both sides round, each in its own places.
+AGREEMENT = {"float32": 0.999, "tf32": 0.99, "bf16": 0.98, "fp16": 0.99}
 
 
 def header_of(model, dtype: str, layout: str, image: Tensor) -> dict[str, str]:
@@ -70,6 +72,7 @@ def exported_to_onnx(prepared: nn.Module, image: Tensor, path: Path, dtype: str)
     if not path.is_file():
         temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
         on_cpu = deepcopy(prepared).cpu()
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
         torch.onnx.export(on_cpu, (image.cpu(),), str(temporary), dynamo=True, external_data=False, verbose=False)
         check_export(_onnx_session(temporary, image, dtype), prepared, image, dtype, temporary)
         os.replace(temporary, path)

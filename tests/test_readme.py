@@ -46,3 +46,39 @@ def test_the_speed_table():
         expected.append([setting, f"{ours:.2f} s", f"{default:.2f} s", f"{best:.2f} s", f"**{default / ours:.1f}**",
                          f"**{best / ours:.1f}**"])  # fmt: skip
     assert table_under("CPU, 2 threads") == expected
+
+
+def whole_benchmark() -> list[dict]:
+    """The rows of the run of benchmark_inference.py over every engine, the fastest first within a network."""
+    (path,) = (ROOT / "benchmarks").glob("inference-*-cpu.csv")
+    rows = [row for row in csv.DictReader(path.open()) if row["status"] == "ok" and "--profile" in row["command"]]
+    return sorted(rows, key=lambda row: (row["network"], float(row["p50_ms"])))
+
+
+def digits(value: str, places: int = 0) -> str:
+    return f"{float(value):.{places}f}"
+
+
+def test_the_engine_table():
+    expected = [
+        [*(row[key] for key in ("model", "engine", "dtype", "layout")),
+         *(digits(row[f"{key}_ms"]) for key in ("p50", "p90", "floor")),
+         digits(row["times_faster_than_monai_eager"], 1), digits(row["peak_gib"], 1), digits(row["first_use_s"]),
+         f"{float(row['label_agreement']):.2%}"]
+        for row in whole_benchmark()
+    ]  # fmt: skip
+    assert len(expected) >= 20 and table_under("network | engine | type | layout") == expected
+
+
+def test_the_end_to_end_table():
+    """The fastest engine of every network."""
+    fastest, stages = {}, ("load", "preprocess", "forward", "postprocess", "write")
+    for row in whole_benchmark():
+        fastest.setdefault(row["model"], row)
+    expected = []
+    for model, row in fastest.items():
+        spent = [float(row[f"{stage}_ms"]) for stage in stages]
+        whole = sum(spent)
+        durations = (*spent, whole, whole - float(row["forward_ms"]))
+        expected.append([f"{model}: {row['engine']}, {row['dtype']}", *(f"{ms:.0f}" for ms in durations)])
+    assert table_under("from files to a label map") == expected
