@@ -223,6 +223,7 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
     """The figures of this run; those over batch and size show every run in the table."""
     from models import benchmark_plots as plots
     from models.benchmark import latest_rows, row_name
+    from models.training import write_csv
 
     done = [row for row in rows if row["status"] == "ok"]
     if not done:
@@ -251,12 +252,14 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
             whole.setdefault(row["network"], {})[row_name(row)] = {stage: row[f"{stage}_ms"] for stage in STAGES}
     if whole:
         plots.stacked_bars(whole, figure("end-to-end"), f"From four files to a label map on disk. {title}")
-    if args.profile and (spent := profiles(jobs, rows)):
+    if args.profile and (spent := profiles(jobs, rows, table)):
         plots.stacked_bars(spent, figure("profile"), f"Where the time of one pass goes. {title}")
+        lines = [{"network": network, "row": row} | parts for network in spent for row, parts in spent[network].items()]
+        write_csv(drawn[-1].with_suffix(".csv"), lines)
     return drawn
 
 
-def profiles(jobs: list[dict], rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+def profiles(jobs: list[dict], rows: list[dict], table: Path) -> dict[str, dict[str, dict[str, float]]]:
     """For each network, where the time goes in MONAI's class, eager in float32, and in the fastest engine of ours."""
     from models.benchmark import in_own_process, is_baseline, row_name
 
@@ -269,7 +272,7 @@ def profiles(jobs: list[dict], rows: list[dict]) -> dict[str, dict[str, dict[str
         for when, chosen in (("before", before), ("after", after)):
             if chosen:
                 job = min(chosen, key=lambda one: one[0])[1]
-                result = in_own_process(job | {"profile": f"{network}-{when}"})
+                result = in_own_process(job | {"profile": f"{table.stem}-profile-{network}-{when}"})
                 if result["status"] == "ok":
                     spent.setdefault(network, {})[row_name(job)] = result["spent_ms"]
     return spent

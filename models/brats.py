@@ -144,8 +144,13 @@ def find_cases(root: str | Path) -> list[Case]:
 def _find_folders(root: Path) -> list[Case]:
     found: dict[tuple[str, str, str], dict[str, list[Path]]] = {}  # (folder, layout, case) -> role -> files
     strays: dict[str, list[Path]] = {}
-    for folder, subfolders, names in os.walk(root):
+    seen = set()  # by their real paths: links are followed, and one may lead back
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         for name in sorted(names):
             if name.startswith("."):  # macOS leaves ._ files in archives
                 continue

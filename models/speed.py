@@ -165,7 +165,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def profile(run: Callable, image, folder: Path, name: str) -> dict[str, float]:
     """Milliseconds of one run by category, from torch's profiler.
 
-    Writes profile-<name>.txt, the operators or kernels by time, and trace-<name>.json.gz, which ui.perfetto.dev opens.
+    Writes <name>.txt, the operators or kernels by time, and <name>-trace.json.gz, which ui.perfetto.dev opens.
     """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
@@ -180,8 +180,8 @@ def profile(run: Callable, image, folder: Path, name: str) -> dict[str, float]:
         synchronise(image.device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = profiler.key_averages()
-    (folder / f"profile-{name}.txt").write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=80))
-    profiler.export_chrome_trace(str(folder / f"trace-{name}.json.gz"))
+    (folder / f"{name}.txt").write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=80))
+    profiler.export_chrome_trace(str(folder / f"{name}-trace.json.gz"))
     spent = dict.fromkeys(CATEGORIES, 0.0)
     for event in events:
         # On CUDA an operator's device time is that of its kernels, which are listed too: count the kernels.

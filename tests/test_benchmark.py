@@ -50,7 +50,7 @@ def first(raw, trained, tmp_path_factory):
 
 
 def rows_of(folder):
-    (table,) = (folder / "benchmarks").glob("inference-*-torch*.csv")
+    (table,) = set((folder / "benchmarks").glob("inference-*.csv")) - set((folder / "benchmarks").glob("*-profile.csv"))
     return list(csv.DictReader(table.open(newline="")))
 
 
@@ -110,9 +110,13 @@ def test_the_figures_and_the_profile_are_there(first):
         (path,) = out.glob(f"inference-*-{name}.png")
         assert path.name in printed.stdout and np.asarray(Image.open(path).convert("L")).std() > 5
     for when in ("before", "after"):
-        assert "conv" in (out / f"profile-unet-{when}.txt").read_text()
-        trace = json.loads(gzip.decompress((out / f"trace-unet-{when}.json.gz").read_bytes()))
+        (operators,) = out.glob(f"inference-*-profile-unet-{when}.txt")
+        assert "conv" in operators.read_text()
+        trace = json.loads(gzip.decompress(operators.with_name(f"{operators.stem}-trace.json.gz").read_bytes()))
         assert any("conv" in event["name"] for event in trace["traceEvents"])
+    (parts,) = out.glob("inference-*-profile.csv")
+    for row in csv.DictReader(parts.open(newline="")):
+        assert float(row["convolution"]) > float(row["norm"]) > 0 and row["row"].endswith("eager, float32")
 
 
 def test_a_second_run_is_appended_and_adds_the_figure_over_the_batch(first):

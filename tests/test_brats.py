@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import nibabel
@@ -58,6 +59,15 @@ def test_cases_are_found_at_any_depth_and_hidden_files_are_not(tmp_path):
     (tmp_path / "MICCAI/LGG/Brats18_2013_0_1/._Brats18_2013_0_1_t1.nii.gz").write_bytes(b"macOS")
     assert [case.name for case in find_cases(tmp_path)] == ["Brats18_2013_0_1", "Brats18_TCIA01_201_1"]
     read_case(find_cases(tmp_path)[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_links_are_followed_and_one_that_leads_back_ends(tmp_path):
+    write_raw_case(tmp_path / "elsewhere", "A")
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset/A").symlink_to(tmp_path / "elsewhere/A")
+    (tmp_path / "subset/round").symlink_to(tmp_path / "subset")
+    assert [case.name for case in find_cases(tmp_path / "subset")] == ["A"]
 
 
 def test_the_misnamed_segmentation_of_brats_2020_case_355_is_found(tmp_path):

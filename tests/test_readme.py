@@ -82,3 +82,12 @@ def test_the_end_to_end_table():
         durations = (*spent, whole, whole - float(row["forward_ms"]))
         expected.append([f"{model}: {row['engine']}, {row['dtype']}", *(f"{ms:.0f}" for ms in durations)])
     assert table_under("from files to a label map") == expected
+
+
+def test_the_profile_table():
+    (path,) = (ROOT / "benchmarks").glob("inference-*-cpu-profile.csv")
+    expected = []
+    for row in csv.DictReader(path.open()):
+        spent = [float(value) for key, value in row.items() if key not in ("network", "row")]
+        expected.append([row["row"], *(f"{ms:.0f}" for ms in spent), f"{sum(spent):.0f}"])
+    assert table_under("ms of one pass") == expected
