@@ -235,7 +235,8 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
         drawn.append(table.with_name(f"{table.stem}-{name}.png"))
         return drawn[-1]
 
-    plots.latency_bars(done, figure("latency"), title)
+    shapes = [*map(str, args.size), *(f"batch{batch}" for batch in args.batch_sizes if args.batch_sizes != [1])]
+    plots.latency_bars(done, figure(f"latency-{'-'.join(shapes)}"), title)
     every = latest_rows(table)
     for name, x, y, labels in (
         ("throughput", "batch", "volumes_per_s", ("volumes per pass", "volumes per second")),

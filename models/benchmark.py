@@ -207,7 +207,7 @@ def latest_rows(table: Path) -> list[dict]:
     latest = {}
     for row in csv.DictReader(table.open(newline="")):
         if row["status"] == "ok":
-            row |= {"batch": int(row["batch"]), "size": int(row["size"])}
+            row |= {key: int(row[key]) for key in ("batch", "size", "parameters")}
             row |= {key: float(row[key]) for key in ("volumes_per_s", "peak_gib")}
             latest[tuple(row[key] for key in ("model", "engine", "dtype", "batch", "size", "parameters"))] = row
     return list(latest.values())

@@ -50,13 +50,17 @@ def three_digits(value: float) -> str:
 
 def lines_over(rows: list[dict], x: str, y: str, x_label: str, y_label: str, path, title: str) -> bool:
     """Column `y` over column `x` ("size" or "batch"): a line per model, engine and type, a panel per network and value
-    of the other of the two. Without two places on `x` to join there is no figure, and False comes back."""
+    of the other of the two. What has no two places on `x` to join is left out; if all is, there is no figure, and False
+    comes back."""
     other = "batch" if x == "size" else "size"
     panels = {}
     for row in rows:
         lines = panels.setdefault(f"{row['network']}, {other} {row[other]}", {})
-        lines.setdefault((row["model"], row["engine"], row["dtype"]), []).append((row[x], row[y]))
-    panels = {name: lines for name, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+        model = f"{row['model']} ({row['parameters'] / 1e6:.1f} M)"
+        lines.setdefault((model, row["engine"], row["dtype"]), []).append((row[x], row[y]))
+    for name, lines in panels.items():
+        panels[name] = {key: points for key, points in lines.items() if len(points) > 1}
+    panels = {name: lines for name, lines in panels.items() if lines}
     if not panels:
         return False
     figure, grid = _subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
@@ -77,23 +81,25 @@ def lines_over(rows: list[dict], x: str, y: str, x_label: str, y_label: str, pat
 
 def speed_accuracy(rows: list[dict], path, title: str):
     """Dice against latency (logarithmic), a point per row that has a Dice: up and to the left is better."""
-    figure, axes = _subplots(1, 1, figsize=(9, 6))
+    figure, axes = _subplots(1, 1, figsize=(11, 6))
     models = list(dict.fromkeys(row["model"] for row in rows))
     for row in rows:
         marker = MARKERS[models.index(row["model"]) % len(MARKERS)]
         filled = row["dtype"] in ("float32", "tf32")
         color = ENGINE_COLORS[row["engine"]]
         axes.plot(row["p50_ms"], row["dice"], marker, color=color, ms=9, mfc=color if filled else "none", mew=1.8)
-    shown = list(dict.fromkeys(row["engine"] for row in rows))
-    axes.set(xscale="log", xlabel="ms per volume (median)", ylabel="mean label Dice on the test cases of the run")
+    axes.set(xscale="log", ylim=(0, 1), xlabel="ms per volume (median)",
+             ylabel="mean label Dice on the test cases of the run")
     for number, model in enumerate(models):
         axes.plot([], [], MARKERS[number % len(MARKERS)], color="black", ls="none", label=model)
-    named = axes.legend(loc="lower left", title="run; hollow: half precision")
-    axes.legend(handles=[_patch(ENGINE_COLORS[engine], engine) for engine in shown], loc="lower right", title="engine")
+    beside = {"frameon": False, "bbox_to_anchor": (1.01, 1), "loc": "upper left"}
+    named = axes.legend(title="run; hollow: half precision", **beside)
     axes.add_artist(named)
+    shown = [_patch(ENGINE_COLORS[engine], engine) for engine in dict.fromkeys(row["engine"] for row in rows)]
+    axes.legend(handles=shown, title="engine", **beside | {"bbox_to_anchor": (1.01, 0), "loc": "lower left"})
     axes.grid(alpha=0.3, which="both")
     figure.suptitle(title)
-    _save(figure, path)
+    _save(figure, path, rect=(0, 0, 0.9, 1))  # the legends stand beside the axes
 
 
 def stacked_bars(panels: dict[str, dict[str, dict[str, float]]], path, title: str):
