@@ -269,7 +269,8 @@ def draw_comparison(summary: dict, rows: list[dict], maps: dict, data: Path, out
              for region in REGIONS}  # fmt: skip
     scores = {region: {run: [case[region] for case in cases.values()] for run, cases in dice.items()}
               for region in REGIONS}  # fmt: skip
-    title = f"{summary['cases']} {summary['split']} cases; each run tested against {first}"
+    cases = f"{summary['cases']} {summary['split']} case{'s' * (summary['cases'] != 1)}"
+    title = f"{cases}; each run tested against {first}"
     paired_dice(scores, out / "comparison_dice.png", title, notes)
 
     means = {run: {case: mean_label_dice(scores) for case, scores in cases.items()} for run, cases in dice.items()}
