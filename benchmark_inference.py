@@ -13,7 +13,6 @@ named after device and torch, to which every run appends; the last line on stdou
 
 import csv
 import json
-import math
 import re
 import sys
 import time
@@ -207,13 +206,13 @@ def print_table(rows: list[dict], ability: dict):
         if row["status"] != "ok":
             print(named + row["status"])
             continue
+        forms = {"times_faster_than_monai_eager": ".2f", "max_logit_difference": ".1e", "label_agreement": ".2%"}
         faster, difference, agreement = (
-            math.nan if row[key] is None else row[key]
-            for key in ("times_faster_than_monai_eager", "max_logit_difference", "label_agreement")
+            "-" if row[key] is None else format(row[key], form) for key, form in forms.items()
         )
         print(f"{named}{row['p50_ms']:8.4g} {row['p90_ms']:8.4g} {row['floor_ms']:8.3g} "
-              f"{row['matrix_peak_share']:7.1%} {row['volumes_per_s']:7.3g} {faster:7.2f} {row['peak_gib']:6.2f} "
-              f"{row['first_use_s']:7.1f} {difference:8.1e} {agreement:7.2%} {row['layout']}, {row['kernels']}")
+              f"{row['matrix_peak_share']:7.1%} {row['volumes_per_s']:7.3g} {faster:>7} {row['peak_gib']:6.2f} "
+              f"{row['first_use_s']:7.1f} {difference:>8} {agreement:>7} {row['layout']}, {row['kernels']}")
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
