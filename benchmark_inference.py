@@ -221,7 +221,7 @@ def print_table(rows: list[dict], ability: dict):
 def draw(args, jobs, rows, table: Path) -> list[Path]:
     """The figures of this run; those over batch and size show every run in the table."""
     from models import benchmark_plots as plots
-    from models.benchmark import latest_rows, row_name
+    from models.benchmark import latest_rows
     from models.training import write_csv
 
     done = [row for row in rows if row["status"] == "ok"]
@@ -249,7 +249,7 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
     whole = {}
     for row in sorted(done, key=lambda row: row["p50_ms"]):
         if row["load_ms"] is not None:
-            whole.setdefault(row["network"], {})[row_name(row)] = {stage: row[f"{stage}_ms"] for stage in STAGES}
+            whole.setdefault(row["network"], {})[plots.row_name(row)] = {stage: row[f"{stage}_ms"] for stage in STAGES}
     if whole:
         plots.stacked_bars(whole, figure("end-to-end"), f"From four files to a label map on disk. {title}")
     if args.profile and (spent := profiles(jobs, rows, table)):
@@ -261,7 +261,8 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
 
 def profiles(jobs: list[dict], rows: list[dict], table: Path) -> dict[str, dict[str, dict[str, float]]]:
     """For each network, where the time goes in MONAI's class, eager in float32, and in the fastest engine of ours."""
-    from models.benchmark import in_own_process, is_baseline, row_name
+    from models.benchmark import in_own_process, is_baseline
+    from models.benchmark_plots import row_name
 
     spent = {}
     measured = [(row["p50_ms"], job) for job, row in zip(jobs, rows, strict=True) if row["status"] == "ok"]

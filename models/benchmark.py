@@ -213,10 +213,6 @@ def latest_rows(table: Path) -> list[dict]:
     return list(latest.values())
 
 
-def row_name(row: dict) -> str:
-    return f"{row['model']}: {row['engine']}, {row['dtype']}"
-
-
 def device_name(device: str) -> str:
     """The GPU, or the processor and how many threads torch has on it."""
     if device == "cuda":

@@ -35,13 +35,17 @@ def latency_bars(rows: list[dict], path, title: str):
             axes.plot([row["floor_ms"]] * 2, [place - 0.4, place + 0.4], color="black", lw=2)
             axes.annotate(three_digits(row["p50_ms"]), (row["p90_ms"], place), (4, 0), textcoords="offset points",
                           va="center", fontsize=8)
-        axes.set_yticks(places, [f"{row['model']}: {row['engine']}, {row['dtype']}" for row in panel], fontsize=8)
+        axes.set_yticks(places, [row_name(row) for row in panel], fontsize=8)
         axes.set(xlim=(0, 1.12 * max(row["p90_ms"] for row in panel)), title=name)
         axes.invert_yaxis()
         axes.grid(alpha=0.3, axis="x")
     grid[-1, 0].set_xlabel("ms per batch: median, whisker to the 90th percentile; black line: floor of this machine")
     figure.suptitle(title)
     _save(figure, path)
+
+
+def row_name(row: dict) -> str:
+    return f"{row['model']}: {row['engine']}, {row['dtype']}"
 
 
 def three_digits(value: float) -> str:

@@ -115,7 +115,9 @@ def test_the_figures_and_the_profile_are_there(first):
         trace = json.loads(gzip.decompress(operators.with_name(f"{operators.stem}-trace.json.gz").read_bytes()))
         assert any("conv" in event["name"] for event in trace["traceEvents"])
     (parts,) = out.glob("inference-*-profile.csv")
-    for row in csv.DictReader(parts.open(newline="")):
+    spent = list(csv.DictReader(parts.open(newline="")))
+    assert spent
+    for row in spent:
         assert float(row["convolution"]) > float(row["norm"]) > 0 and row["row"].endswith("eager, float32")
 
 
@@ -285,6 +287,8 @@ def test_no_line_no_figure(tmp_path):
     row = {"model": "unet", "network": "unet", "engine": "eager", "dtype": "bf16", "batch": 1, "size": 32,
            "parameters": 4_800_000, "peak_gib": 1.0}  # fmt: skip
     path = tmp_path / "memory.png"
+    other = row | {"size": 64, "parameters": 1_200_000}  # a network of another width: no line joins the two
+    assert not benchmark_plots.lines_over([row, other], "size", "peak_gib", "x", "y", path, "title")
     assert not benchmark_plots.lines_over([row], "size", "peak_gib", "x", "y", path, "title") and not path.exists()
     assert benchmark_plots.lines_over([row, row | {"size": 64}], "size", "peak_gib", "x", "y", path, "title")
     assert path.is_file()

@@ -76,8 +76,15 @@ def test_the_unet_labels_alike(unet, image, cache, dtype, least):
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999), ("bf16", 0.99)])
-def test_a_compiled_network_labels_alike(swin, image, cache, dtype, least):
+def test_a_network_compiled_into_one_graph_labels_alike(swin, image, cache, dtype, least):
+    torch._dynamo.utils.counters.clear()
     assert agreement(swin, load(swin, "compile", cache, dtype), image) >= least
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_unet_compiles_into_one_graph(unet, image):
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(unet, backend="eager", fullgraph=True)(image), unet(image))
 
 
 @pytest.mark.skipif(why_not("onnx", "float32", CPU, torch.nn.Identity()) is not None, reason="no onnxruntime")

@@ -16,9 +16,10 @@ from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
 from models import build_model, load_model
+from models.live import open_run
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",
-           "evaluate.py"]  # fmt: skip
+           "evaluate.py", "benchmark_inference.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,8 @@ def test_training_writes_the_whole_run(trained):
     assert [row["case"] for row in rows][-1] == "mean" and {"loss", "dice_WT", "dice_ET", "dice_NCR"} <= set(rows[0])
     for picture in ("training_plots.png", "test_prediction_overlay.png"):
         assert np.asarray(Image.open(trained / RUN / picture).convert("L")).std() > 5
+    opened = open_run(trained / RUN, "cpu", "off")
+    assert (opened.size, opened.spacing_mm) == (32, 1.0)
 
 
 def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):
