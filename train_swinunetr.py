@@ -35,13 +35,14 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import build_model, training
-    from models.dataset import read_split
+    from models.dataset import choose_input, read_split
     from models.swinunetr.network import refuse_large_window
 
     split = read_split(args.data, args.fold)
     size = training.check_cases(args.data, split, "swinunetr")
     refuse_large_window(args.window_size, size)
     device = training.setup(args)
+    args.cache, args.workers = choose_input(args, split, device)
     settings = {"feature_size": args.feature_size, "window_size": args.window_size}
     model = build_model("swinunetr", **settings, attention=args.attention, checkpointing=args.checkpointing)
     args.amp = training.choose_amp(model, args, size, device)

@@ -22,11 +22,12 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import build_model, training
-    from models.dataset import read_split
+    from models.dataset import choose_input, read_split
 
     split = read_split(args.data, args.fold)
     size = training.check_cases(args.data, split, "unet")
     device = training.setup(args)
+    args.cache, args.workers = choose_input(args, split, device)
     model = build_model("unet")
     args.amp = training.choose_amp(model, args, size, device)
     run = training.open_run(model, args, split, size, device)

@@ -80,6 +80,11 @@ def add_device_arguments(parser):
                              "multiplies it and that is faster for training, else off")
 
 
+def usable_cpus() -> int:
+    """The processors that this process may run on: a job on a shared machine often has only some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---- training flags ------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +94,11 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
                       help="folder made by preprocess_brats.py")
     data.add_argument("--fold", type=natural, help="train and validate on this cross-validation fold of splits.json")
-    data.add_argument("--cache", choices=("auto", "ram", "none"), default="auto",
-                      help="keep the cases in memory; auto: if they take less than half of what is free")
-    data.add_argument("--workers", type=natural, default=min(4, os.cpu_count() or 1),
-                      help="processes that read the cases when they are not cached")
+    data.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
+                      help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
+                           "epoch; auto: the first of these that has twice the space that they take")
+    data.add_argument("--workers", type=natural, default=min(4, usable_cpus()),
+                      help="processes that read the cases ahead with --cache disk")
     data.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
     data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
     data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")

@@ -1,4 +1,4 @@
-"""Preprocessed cases: the `.pt` file, the splits, and batches on the device that trains.
+"""Preprocessed cases: the `.pt` file, the splits, where the cases are kept, and batches on the device that trains.
 
 A `.pt` file is a dict that `torch.load(path, weights_only=True)` reads; README.md lists its keys.
 """
@@ -7,15 +7,22 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from models.brats import MODALITIES, InputError, write_atomically
+from models.device import free_memory_bytes, free_ram_bytes, processes_here, rank, world_size
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
+SHARED_MEMORY = Path("/dev/shm")  # worker processes hand over what they read through it (Linux)
+PREFETCH = 2  # batches that each worker reads ahead
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
@@ -132,62 +139,115 @@ def _manifest(data: str | Path) -> dict:
     return json.loads(path.read_text())
 
 
+# ---- where the cases are kept --------------------------------------------------------------------------------------
+
+
+def choose_input(args, split: dict[str, list[str]], device: torch.device) -> tuple[str, int]:
+    """--cache without "auto" and as many of the --workers as there is shared memory for. Raises InputError for a cache
+    that does not fit. The first process decides for all, before any of them takes memory."""
+    decision = [None]
+    if rank() == 0:
+        names = split["train"] + split["validation"]
+        case = load_case(Path(args.data) / f"{names[0]}.pt", as_stored=True)
+        case_bytes = case["image"].nbytes + case["label"].numel()  # every label is kept as uint8
+        decision = [(choose_cache(args.cache, len(names), case_bytes, device),
+                     choose_workers(args.workers, args.batch_size * case_bytes))]  # fmt: skip
+    if world_size() > 1:
+        dist.broadcast_object_list(decision)
+    return decision[0]
+
+
+def choose_cache(choice: str, count: int, case_bytes: int, device: torch.device) -> str:
+    """Where `count` cases are kept: "device", "ram" or "disk", printed in one line. Raises InputError if `choice` is
+    not "auto" and too small."""
+    memory = {"ram": (count * case_bytes * processes_here(), free_ram_bytes())}  # every process keeps its own copy
+    if device.type == "cuda":
+        # Pinned memory comes in blocks of a power of two.
+        pinned = count * 2 ** (case_bytes - 1).bit_length() * processes_here()
+        memory = {"device": (count * case_bytes, free_memory_bytes(device)), "ram": (pinned, free_ram_bytes())}
+    elif choice == "device":
+        choice = "ram"
+    # Half, because the training takes memory, too.
+    fitting = [cache for cache, (needed, free) in memory.items() if needed < free / 2] + ["disk"]
+    if choice == "auto":
+        choice = fitting[0]
+    needed, free = memory.get(choice, memory["ram"])
+    if choice != "disk" and needed > free:
+        raise InputError(f"--cache {choice}: {count} cases take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+                         f"are free. Use --cache {fitting[0]}.")
+    print(f"cache: {choice} ({count} cases, {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free)")
+    return choice
+
+
+def choose_workers(wanted: int, batch_bytes: int) -> int:
+    """As many workers as the shared memory has space for what they read ahead and the batch in use: one too many, and
+    they die of a bus error."""
+    if not SHARED_MEMORY.exists():
+        return wanted
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    batches_that_fit = free // (batch_bytes * processes_here())
+    workers = max(0, min(wanted, (batches_that_fit - 1) // PREFETCH))
+    if workers < wanted:
+        print(f"--workers {workers}: {SHARED_MEMORY} has {free / 2**20:.0f} MiB free, too little for what {wanted} "
+              f"workers read ahead, {PREFETCH} batches of {batch_bytes / 2**20:.0f} MiB each.")
+    return workers
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 
 class Cases(Dataset):
-    """Labelled cases by index, as stored; with `cached`, read once and kept in memory."""
+    """Labelled cases by index: image [4, D, H, W] as stored and label uint8 [1, D, H, W]. `cache` says where they are
+    kept: "device", "ram" (pinned, if the device is a GPU) or "disk", where they are read each time."""
 
-    def __init__(self, data: str | Path, names: list[str], cached: bool):
+    def __init__(self, data: str | Path, names: list[str], cache: str, device: torch.device):
         self.paths = [Path(data) / f"{name}.pt" for name in names]
-        self.cache = [self._read(index) for index in range(len(names))] if cached else None
+        self.kept = []
+        if cache == "disk":
+            return
+        for index in tqdm(range(len(names)), "reading", unit="case", leave=False, disable=rank() != 0):
+            case = self._read(index)
+            if device.type == "cuda":
+                case = tuple(part.to(device) if cache == "device" else part.pin_memory() for part in case)
+            self.kept.append(case)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache[index] if self.cache else self._read(index)
+        return self.kept[index] if self.kept else self._read(index)
 
     def _read(self, index: int):
         case = load_case(self.paths[index], as_stored=True)
         if "label" not in case:
             raise InputError(f"{self.paths[index]}: has no label, so it cannot be trained on or scored.")
-        # clone() reads the file now; a label takes 2 MB as uint8 and 16 MB as int64
-        return case["image"].clone(), case["label"].to(torch.uint8)
-
-
-def fits_in_memory(data: str | Path, names: list[str], copies: int) -> bool:
-    """Whether these cases, kept by each of `copies` processes, take less than half of the memory that is free now
-    (False where that cannot be told)."""
-    wanted = copies * sum(Path(data, f"{name}.pt").stat().st_size for name in names)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return False
-    available_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return wanted < available_kib * 1024 / 2
+        # The copies read the file now; a label takes 2 MB as uint8 and 16 MB as int64.
+        return case["image"].clone(), case["label"].to(torch.uint8, copy=True)
 
 
 def epoch_order(count: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """The shuffled case indices that one process trains on in one epoch. Every process gets as many (the first cases
-    come again where it does not divide), or the others would wait for it for ever."""
+    """The shuffled case indices that one process trains on in one epoch. Every process gets as many, one at least (the
+    first cases come again where it does not divide), or the others would wait for it for ever."""
     order = list(range(count))
     random.Random(f"{seed}-{epoch}").shuffle(order)
-    order += order[: -count % world_size]
-    return order[rank::world_size]
+    share = -(-count // world_size)
+    return list(islice(cycle(order), rank, share * world_size, world_size))
 
 
 def batches(cases: Cases, order: list[int], batch_size: int, device: torch.device, workers: int):
-    """Yield (image float32 [B, 4, D, H, W], label int64 [B, 1, D, H, W], seconds waited) on `device`.
+    """Yield (B images, B labels, seconds waited): what `cases` has, on `device`, in lists rather than stacked, because
+    whoever makes the batch of them converts their type, too, and copies them only once.
 
-    The next batch is fetched and copied while the device still computes on this one: nothing here waits for it.
+    Workers read the next batches, and a GPU copies from pinned memory, while the device still computes on this one.
     """
     loader = DataLoader(
         cases,
         batch_size=batch_size,
         sampler=order,
-        num_workers=0 if cases.cache else workers,
-        pin_memory=device.type == "cuda",
+        num_workers=0 if cases.kept else workers,
+        prefetch_factor=PREFETCH if workers and not cases.kept else None,
+        collate_fn=list,
+        pin_memory=device.type == "cuda" and not cases.kept,
     )
     iterator = iter(loader)
     while True:
@@ -195,5 +255,5 @@ def batches(cases: Cases, order: list[int], batch_size: int, device: torch.devic
         batch = next(iterator, None)
         if batch is None:
             return
-        image, label = (part.to(device, non_blocking=True) for part in batch)
-        yield image.float(), label.long(), time.perf_counter() - start
+        images, labels = ([part.to(device, non_blocking=True) for part in parts] for parts in zip(*batch, strict=True))
+        yield images, labels, time.perf_counter() - start

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from models import CHECKPOINT_FORMAT, RUNTIME_SETTINGS, cost, load_checkpoint, load_weights, size_multiple
 from models.augment import augment
 from models.brats import LABELS, MODALITIES, TARGETS, InputError, write_atomically
-from models.dataset import Cases, batches, epoch_order, fits_in_memory, load_case, manifest_checksum, spacing_of_cases
+from models.dataset import Cases, batches, epoch_order, load_case, manifest_checksum, spacing_of_cases
 from models.device import (
     AMP_DTYPES,
     choose_device,
@@ -205,10 +205,8 @@ def make_loss():
 def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.device) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes."""
     dtype = AMP_DTYPES[args.amp]
-    kept = split["train"] + split["validation"]
-    cached = args.cache == "ram" or (args.cache == "auto" and fits_in_memory(args.data, kept, world_size()))
-    train_cases = Cases(args.data, split["train"], cached)
-    validation_cases = Cases(args.data, split["validation"], cached)
+    train_cases = Cases(args.data, split["train"], args.cache, device)
+    validation_cases = Cases(args.data, split["validation"], args.cache, device)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -254,9 +252,11 @@ def train_epoch(model, cases: Cases, epoch: int, args, optimizer, scaler, device
     loss_sum, waited_s, start = torch.zeros((), device=device), 0.0, time.perf_counter()
     bar = tqdm(total=micro_steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step", disable=rank() != 0)
     loader = batches(cases, order, args.batch_size, device, args.workers)
-    for micro_step, (image, label, wait_s) in enumerate(loader):
+    batch = None
+    for micro_step, (images, labels, wait_s) in enumerate(loader):
         waited_s += wait_s
-        image, label = augment(image, label, generator, *augmentation)
+        # Into the memory of the last batch: its backward pass is over.
+        batch = image, label = augment(images, labels, generator, *augmentation, out=batch)
         # The last window can be shorter: divide by the steps that it really has.
         window_start = micro_step - micro_step % args.accumulate
         window = min(args.accumulate, micro_steps - window_start)
@@ -305,7 +305,8 @@ def validate(model, cases: Cases, workers: int, device, dtype) -> tuple[torch.Te
     losses = torch.zeros(len(cases), device=device)
     counts = torch.zeros(len(cases), len(LABELS) + 1, len(LABELS) + 1, dtype=torch.long, device=device)
     mine = list(range(rank(), len(cases), world_size()))
-    for index, (image, label, _) in zip(mine, batches(cases, mine, 1, device, workers), strict=True):
+    for index, (images, labels, _) in zip(mine, batches(cases, mine, 1, device, workers), strict=True):
+        image, label = torch.stack(images).float(), torch.stack(labels).long()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(image)
         losses[index] = criterion(logits.float(), label)
@@ -321,7 +322,7 @@ def test(model, args, split: dict[str, list[str]], run: Path, device: torch.devi
     test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target."""
     checkpoint = load_checkpoint(run / "best.pt")
     load_weights(model, checkpoint, run / "best.pt")
-    cases = Cases(args.data, split["test"], cached=False)
+    cases = Cases(args.data, split["test"], "disk", device)
     losses, counts = validate(model, cases, args.workers, device, AMP_DTYPES[args.amp])
     scores = [dice_per_target(matrix) for matrix in counts]
     rows = [
@@ -358,7 +359,7 @@ def write_epoch(run: Path, history: list[dict], model, optimizer, scaler, args):
         "dice_mean": history[-1]["dice_mean"],
         "model": model.state_dict(),
     }
-    if history[-1]["dice_mean"] >= max(row["dice_mean"] for row in history):
+    if max(history, key=lambda row: row["dice_mean"]) is history[-1]:  # of equal epochs the first, as in the plot
         save(run / "best.pt", weights)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
     save(run / "last.pt", weights | state)

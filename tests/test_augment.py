@@ -1,7 +1,9 @@
 """Augmentation moves image and label together."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from models.augment import _flips_and_rotation, augment
 
@@ -80,3 +82,39 @@ def test_a_volume_that_is_no_cube_keeps_its_shape():
     for seed in range(20):
         moved, _ = augment(image, label, torch.Generator().manual_seed(seed), 0.5, 1, 0)
         assert moved.shape == image.shape
+
+
+@pytest.mark.parametrize(("image_type", "label_type"), [(torch.float16, torch.uint8), (torch.float32, torch.int64)])
+def test_stored_cases_become_a_batch_that_moved_as_numpy_moves_it(image_type, label_type):
+    """For every drawn motion, numpy's flips and rot90 of the case as float32 and int64."""
+    seen = set()
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        images = [torch.rand(4, 6, 6, 6).to(image_type) for _ in range(2)]
+        labels = [torch.randint(4, (1, 6, 6, 6)).to(label_type) for _ in range(2)]
+        motions = torch.Generator().manual_seed(seed)
+        got_image, got_label = augment(images, labels, generator, noise_probability=0)
+        assert got_image.dtype == torch.float32 and got_label.dtype == torch.int64
+        order, backwards = _flips_and_rotation((6, 6, 6), motions, 0.5, 0.5)
+        seen.add((*order, *backwards))
+        for got, given in ((got_image[0], images[0].float()), (got_label[0], labels[0].long())):
+            expected = np.flip(given.numpy().transpose(0, *(1 + axis for axis in order)), [1 + a for a in backwards])
+            assert np.array_equal(got.numpy(), expected)
+    assert len(seen) > 24
+
+
+def test_a_batch_can_be_written_over_an_earlier_one_and_a_shorter_into_its_beginning():
+    image, label = batch()
+    fresh = augment(image[:1], label[:1], torch.Generator().manual_seed(3), noise_probability=1)
+    earlier = augment(image, label, torch.Generator().manual_seed(2))
+    again = augment(image[:1], label[:1], torch.Generator().manual_seed(3), noise_probability=1, out=earlier)
+    assert torch.equal(again[0], fresh[0]) and torch.equal(again[1], fresh[1])
+    assert again[0].data_ptr() == earlier[0].data_ptr()
+
+
+def test_the_noise_is_gaussian_and_differs_from_channel_to_channel():
+    image, label = torch.zeros(1, 4, 32, 32, 32), torch.zeros(1, 1, 32, 32, 32, dtype=torch.long)
+    noise = augment(image, label, torch.Generator().manual_seed(0), 0, 0, noise_probability=1, noise_sd=0.1)[0][0]
+    channels = noise.reshape(4, -1).double().numpy()
+    assert all(stats.kstest(channel, "norm", (0, 0.1)).pvalue > 0.001 for channel in channels)
+    assert np.abs(np.corrcoef(channels) - np.eye(4)).max() < 0.03

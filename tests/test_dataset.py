@@ -2,13 +2,26 @@
 
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_script, write_raw_case
 
+from models import dataset
 from models.brats import InputError
-from models.dataset import Cases, batches, epoch_order, load_case, make_splits, read_split
+from models.dataset import (
+    Cases,
+    batches,
+    choose_cache,
+    choose_workers,
+    epoch_order,
+    load_case,
+    make_splits,
+    read_split,
+)
+
+CPU = torch.device("cpu")
 
 
 def test_a_preprocessed_case_keeps_the_contract(tensors):
@@ -109,11 +122,97 @@ def test_every_process_trains_on_its_share_and_as_often_as_the_others():
     assert epoch_order(10, 0, 3) != epoch_order(10, 0, 4)
 
 
-@pytest.mark.parametrize(("cached", "workers"), [(True, 0), (False, 0), (False, 2)])
-def test_batches_hold_float32_and_int64_in_the_given_order(tensors, cached, workers):
+def test_every_process_has_a_case_though_there_are_more_than_twice_as_many_processes():
+    shares = [epoch_order(3, seed=0, epoch=0, rank=rank, world_size=8) for rank in range(8)]
+    assert {len(share) for share in shares} == {1} and set(chain(*shares)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("cache", "workers"), [("device", 0), ("ram", 0), ("disk", 0), ("disk", 2)])
+def test_batches_hold_the_cases_as_stored_in_the_given_order(tensors, cache, workers):
     names = read_split(tensors)["train"][:3]
-    cases = Cases(tensors, names, cached)
-    got = list(batches(cases, [2, 0, 1], 2, torch.device("cpu"), workers))
-    assert [len(image) for image, _, _ in got] == [2, 1]
-    expected = load_case(tensors / f"{names[2]}.pt")
-    assert torch.equal(got[0][0][0], expected["image"]) and torch.equal(got[0][1][0], expected["label"])
+    cases = Cases(tensors, names, cache, CPU)
+    got = list(batches(cases, [2, 0, 1], 2, CPU, workers))
+    assert [len(images) for images, _, _ in got] == [2, 1]
+    expected = torch.load(tensors / f"{names[2]}.pt", weights_only=True)
+    image, label = got[0][0][0], got[0][1][0]
+    assert image.dtype == torch.float32 and torch.equal(image, expected["image"])
+    assert label.dtype == torch.uint8 and torch.equal(label.long(), expected["label"])
+
+
+def test_compact_cases_are_kept_in_half_the_memory(raw, tmp_path):
+    run_script("preprocess_brats.py", raw, "out", "--size", 32, "--compact", "--limit", 1, cwd=tmp_path)
+    image, label = Cases(tmp_path / "out", ["BraTS2021_00000"], "ram", CPU)[0]
+    assert image.dtype == torch.float16 and label.dtype == torch.uint8
+
+
+# ---- where the cases are kept: 10 cases of 1 GiB ----
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what is free in GiB, and how many processes share it."""
+
+    def set_machine(ram, gpu=None, processes=1):
+        monkeypatch.setattr(dataset, "free_ram_bytes", lambda: ram * 2**30)
+        monkeypatch.setattr(dataset, "free_memory_bytes", lambda device: gpu * 2**30)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        return torch.device("cpu" if gpu is None else "cuda")
+
+    return set_machine
+
+
+@pytest.mark.parametrize(
+    ("free", "chosen"),
+    [
+        ({"ram": 21}, "ram"),
+        ({"ram": 19}, "disk"),
+        ({"ram": 39, "processes": 2}, "disk"),
+        ({"ram": 5, "gpu": 21}, "device"),
+        ({"ram": 21, "gpu": 19}, "ram"),
+        ({"ram": 19, "gpu": 21, "processes": 8}, "device"),
+        ({"ram": 19, "gpu": 19}, "disk"),
+        ({"ram": float("nan")}, "disk"),
+    ],
+)
+def test_auto_takes_the_fastest_memory_that_has_twice_the_space(machine, capsys, free, chosen):
+    assert choose_cache("auto", 10, 2**30, machine(**free)) == chosen
+    assert capsys.readouterr().out.startswith(f"cache: {chosen} (10 cases, ")
+
+
+def test_the_choice_is_told_in_one_line_with_its_figures(machine, capsys):
+    choose_cache("auto", 10, 2**30, machine(ram=50, processes=2))
+    assert capsys.readouterr().out == "cache: ram (10 cases, 20.0 GiB of 50.0 GiB free)\n"
+
+
+def test_a_cache_asked_for_is_taken_where_it_fits_and_refused_with_one_that_does(machine):
+    assert choose_cache("ram", 10, 2**30, machine(ram=11)) == "ram"
+    assert choose_cache("device", 10, 2**30, machine(ram=11)) == "ram"  # on a CPU
+    with pytest.raises(InputError, match=r"10 cases take 10\.0 GiB and 9\.0 GiB are free\. Use --cache disk"):
+        choose_cache("ram", 10, 2**30, machine(ram=9))
+    with pytest.raises(InputError, match="Use --cache ram"):
+        choose_cache("device", 10, 2**30, machine(ram=21, gpu=9))
+    with pytest.raises(InputError, match="Use --cache device"):
+        choose_cache("ram", 10, 2**30, machine(ram=9, gpu=21))
+
+
+def test_pinned_memory_is_counted_in_the_powers_of_two_that_it_comes_in(machine):
+    assert choose_cache("ram", 10, 2**30 + 1, machine(ram=21, gpu=1)) == "ram"
+    with pytest.raises(InputError, match=r"20\.0 GiB"):
+        choose_cache("ram", 10, 2**30 + 1, machine(ram=19, gpu=1))
+
+
+@pytest.mark.parametrize(("free_mib", "workers"), [(900, 4), (899, 3), (64, 0), (0, 0)])
+def test_no_more_workers_than_the_shared_memory_has_space_for(monkeypatch, tmp_path, capsys, free_mib, workers):
+    """Each of the four reads two batches of 100 MiB ahead, and one is in use."""
+    monkeypatch.setattr(dataset, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_mib * 2**20))
+    assert choose_workers(4, 100 * 2**20) == workers
+    assert capsys.readouterr().out.count("\n") == (workers < 4)
+
+
+def test_a_script_refuses_a_cache_that_does_not_fit_before_it_makes_a_run(tensors, tmp_path, monkeypatch):
+    split = read_split(tensors)
+    monkeypatch.setattr(dataset, "free_ram_bytes", lambda: 1000)
+    args = SimpleNamespace(data=tensors, cache="ram", workers=0, batch_size=1)
+    with pytest.raises(InputError, match="--cache ram: 11 cases"):
+        dataset.choose_input(args, split, CPU)

@@ -1,11 +1,19 @@
 """What the machine can do: number types, memory."""
 
+import math
 import os
 
 import pytest
 import torch
 
-from models.device import inference_dtype, native_dtypes, peak_memory_gib, reset_peak_memory, resolve_amp
+from models.device import (
+    free_ram_bytes,
+    inference_dtype,
+    native_dtypes,
+    peak_memory_gib,
+    reset_peak_memory,
+    resolve_amp,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,3 +56,56 @@ def test_the_peak_memory_is_that_since_the_reset():
     before = peak_memory_gib(CPU)
     torch.ones(2**27)
     assert 0.4 < peak_memory_gib(CPU) - before < 0.7
+
+
+# ---- free memory: a machine with 8000 kB available ----
+
+
+@pytest.fixture
+def system(tmp_path):
+    """Writes the files of /proc and /sys that tell what memory is free; returns their root."""
+
+    def write(files):
+        for name, text in {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n", **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return tmp_path
+
+    return write
+
+
+def version_2(folder, limit, usage, cache=0):
+    return {f"sys/fs/cgroup/{folder}memory.max": f"{limit}\n", f"sys/fs/cgroup/{folder}memory.current": f"{usage}\n",
+            f"sys/fs/cgroup/{folder}memory.stat": f"anon 5\ninactive_file {cache}\n"}  # fmt: skip
+
+
+def version_1(folder, limit, usage, cache=0):
+    folder = f"sys/fs/cgroup/memory/{folder}"
+    return {f"{folder}memory.limit_in_bytes": f"{limit}\n", f"{folder}memory.usage_in_bytes": f"{usage}\n",
+            f"{folder}memory.stat": f"inactive_file 1\ntotal_inactive_file {cache}\n"}  # fmt: skip
+
+
+V1_UNLIMITED = 9223372036854771712
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 8_192_000),
+        ({"proc/self/cgroup": "0::/job\n", **version_2("job/", "max", 10)}, 8_192_000),
+        ({"proc/self/cgroup": "0::/job\n", **version_2("job/", 5000, 3000, cache=1000)}, 3000),
+        ({"proc/self/cgroup": "0::/\n", **version_2("", 5000, 3000)}, 2000),  # a container that sees itself as the root
+        ({"proc/self/cgroup": "0::/a/b\n", **version_2("a/", 5000, 4000), **version_2("a/b/", 9000, 10)}, 1000),
+        ({"proc/self/cgroup": "0::/a\n", **version_2("a/", 5000, 6000)}, 0),
+        ({"proc/self/cgroup": "3:cpu:/\n2:memory:/a\n", **version_1("a/", 5000, 3000, cache=1000)}, 3000),
+        ({"proc/self/cgroup": "2:memory:/host/path\n", **version_1("", 5000, 3000)}, 2000),
+        ({"proc/self/cgroup": "2:memory:/a\n0::/\n", **version_1("a/", V1_UNLIMITED, 3000)}, 8_192_000),
+    ],
+    ids=["no cgroup", "no limit", "limit", "root", "nested", "over", "v1", "v1 in a container", "v1 without limit"],
+)
+def test_free_memory_is_the_least_of_what_the_system_and_every_cgroup_leave(system, files, free):
+    assert free_ram_bytes(system(files)) == free
+
+
+def test_free_memory_is_unknown_where_the_system_does_not_tell(tmp_path):
+    assert math.isnan(free_ram_bytes(tmp_path))

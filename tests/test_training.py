@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from models import build_model, cli, load_model, training
+from models import build_model, cli, load_model, plots, training
 from models.brats import InputError
-from models.dataset import Cases, read_split
+from models.dataset import Cases, choose_input, read_split
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ def train(data, folder, *flags, split=None, config=SMALL):
     split = split or read_split(data)
     os.chdir(folder)
     training.setup(args)
+    args.cache, args.workers = choose_input(args, split, CPU)
     model = build_model("unet", **config)
     size = training.check_cases(args.data, split, "unet")
     args.amp = training.choose_amp(model, args, size, CPU)
@@ -67,7 +68,7 @@ def one_epoch(data, cases, batch_size, accumulate):
 
 
 def test_accumulated_steps_equal_one_large_batch_in_the_short_last_window_too(tensors):
-    cases = Cases(tensors, read_split(tensors)["train"][:5], cached=True)
+    cases = Cases(tensors, read_split(tensors)["train"][:5], "ram", CPU)
     large, accumulated = one_epoch(tensors, cases, 3, 1), one_epoch(tensors, cases, 1, 3)  # windows of 3 and 2
     assert torch.allclose(large, accumulated, atol=2e-5)
 
@@ -111,8 +112,27 @@ def test_best_is_the_epoch_with_the_best_validation_dice(tensors, tmp_path):
     _, run = train(tensors, tmp_path, "--epochs", 5)
     rows = list(csv.DictReader((run / "train.csv").open()))
     best = torch.load(run / "best.pt", weights_only=True)
-    assert best["epoch"] == 1 + max(range(5), key=lambda i: (float(rows[i]["dice_mean"]), i))
+    assert best["epoch"] == 1 + max(range(5), key=lambda i: float(rows[i]["dice_mean"]))
     assert not set(best) & {"optimizer"}
+
+
+def test_of_equal_epochs_the_first_is_the_best_in_the_checkpoint_and_in_the_plot(tensors, tmp_path, monkeypatch):
+    losses, perfect = torch.ones(1), torch.eye(4, dtype=torch.long)[None]
+    monkeypatch.setattr(training, "validate", lambda *_: (losses, perfect))
+    titles = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: titles.append(figure.axes[1].get_title()))
+    _, run = train(tensors, tmp_path, "--epochs", 3)
+    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1
+    assert titles[-1].endswith("in epoch 1")
+
+
+def test_wherever_the_cases_are_kept_the_training_is_the_same(tensors, tmp_path):
+    losses = set()
+    for cache, workers in (("device", 0), ("ram", 0), ("disk", 0), ("disk", 2)):
+        _, run = train(tensors, tmp_path, "--epochs", 1, "--cache", cache, "--workers", workers,
+                       "--run-name", f"{cache}{workers}")  # fmt: skip
+        losses.add(next(csv.DictReader((run / "train.csv").open()))["train_loss"])
+    assert len(losses) == 1
 
 
 def test_the_record_of_a_run_is_complete(tensors, tmp_path):
