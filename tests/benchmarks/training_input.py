@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""A cached case to a training batch: our augmentation against MONAI's dictionary transforms, in turns in one process.
+
+  python tests/benchmarks/training_input.py --csv tests/benchmarks/results/training_input.csv
+
+Both flip each axis and turn with probability 0.5; "noise" adds Gaussian noise to every case. They start from the same
+cached case, float32 and int64 or compact (float16 and uint8, which MONAI converts after its flips, when that is
+cheapest), and end with the batch of one that the network takes, float32 and int64. The times are means over the cases:
+of the clock, and of the processor, which other programs disturb less. Rows are added to the CSV.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from monai import transforms as mt
+from monai.data.utils import list_data_collate
+
+from models.augment import augment
+from models.device import device_name
+from models.training import git_commit
+
+KEYS = ("image", "label")
+STORED = {"float32 + int64": (torch.float32, torch.int64), "float16 + uint8": (torch.float16, torch.uint8)}
+
+
+def monai_chain(noise: bool) -> mt.Compose:
+    """MONAI keeps int64 labels where we keep uint8: what it has to convert, it converts after the flips."""
+    chain = [mt.RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in range(3)]
+    chain += [mt.RandRotate90d(KEYS, prob=0.5, max_k=3), mt.CastToTyped(KEYS, (torch.float32, torch.int64))]
+    chain += [mt.RandGaussianNoised("image", prob=1, std=0.1, sample_std=False)] if noise else []
+    return mt.Compose(chain).set_random_state(0)
+
+
+def measure(stored: str, noise: bool, size: int, cases: int) -> dict[str, list[float]]:
+    """Mean ms per case, by the clock and by the processor, of "ours" and of "monai"."""
+    image_type, label_type = STORED[stored]
+    image, label = torch.rand(4, size, size, size), torch.randint(4, (1, size, size, size))
+    case = {"image": image.to(image_type), "label": label.to(label_type)}
+    kept = [case["image"]], [label.to(torch.uint8)]
+    chain, generator, batch = monai_chain(noise), torch.Generator().manual_seed(0), None
+    spent = {"ours": [0.0, 0.0], "monai": [0.0, 0.0]}
+    for index in range(-2, cases):  # the first two warm up
+        for name, sums in spent.items():
+            start = time.perf_counter(), time.process_time()
+            if name == "ours":
+                batch = augment(*kept, generator, noise_probability=float(noise), out=batch)
+            else:
+                list_data_collate([chain(dict(case))])
+            if index >= 0:
+                sums[0] += 1e3 * (time.perf_counter() - start[0]) / cases
+                sums[1] += 1e3 * (time.process_time() - start[1]) / cases
+    return spent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for stored in STORED:
+            for noise in (False, True):
+                spent = measure(stored, noise, args.size, args.cases)
+                (ours_ms, ours_cpu_ms), (monai_ms, monai_cpu_ms) = spent["ours"], spent["monai"]
+                rows.append({
+                    "device": device_name(torch.device("cpu")), "commit": git_commit(), "date": date.today(),
+                    "torch": torch.__version__, "size": args.size, "stored": stored,
+                    "work": "flips, turns" + ", noise" * noise, "ours_ms": f"{ours_ms:.1f}",
+                    "monai_ms": f"{monai_ms:.1f}", "monai_over_ours": f"{monai_ms / ours_ms:.2f}",
+                    "ours_cpu_ms": f"{ours_cpu_ms:.1f}", "monai_cpu_ms": f"{monai_cpu_ms:.1f}",
+                    "monai_over_ours_cpu": f"{monai_cpu_ms / ours_cpu_ms:.2f}",
+                })  # fmt: skip
+                print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if args.csv:
+        is_new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
