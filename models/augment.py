@@ -32,6 +32,10 @@ def augment(
         out = (torch.empty(count, len(images[0]), *shape, device=device),
                torch.empty(count, 1, *shape, dtype=torch.long, device=device))  # fmt: skip
     image_batch, label_batch = (batch[:count] for batch in out)
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        # These are many short operations: threads would wait for one another longer than they work.
+        torch.set_num_threads(1)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         order, backwards = _flips_and_rotation(shape, generator, flip_probability, rotate_probability)
         # Volume by volume [D, H, W]: what lies between reading and writing stays small.
@@ -42,6 +46,7 @@ def augment(
             noise = torch.Generator(device).manual_seed(seed)
             for target in image_batch[index]:
                 target += torch.empty_like(target).normal_(0, noise_sd, generator=noise)
+    torch.set_num_threads(threads)
     return image_batch, label_batch
 
 
