@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def arguments(data, *flags):
     parser = argparse.ArgumentParser()
     cli.add_training_arguments(parser)
-    # In float32: torch's bf16 training on a CPU does not give the same bits twice.
+    # In float32: --amp auto measures, and need not decide the same way twice.
     return parser.parse_args([str(data), "--run-name", "test", "--amp", "off", *map(str, flags)])
 
 
