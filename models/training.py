@@ -202,6 +202,21 @@ def make_loss():
     return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
 
 
+def start_at_class_frequencies(model, cases: Cases):
+    """Set the output layer's bias to the logarithm of each label's share of the voxels, in 32 training cases at most.
+
+    A network that starts so need not first learn that nearly every voxel is background (Lin et al. 2017,
+    arXiv:1708.02002, section 4.1): small labels are found several times sooner.
+    """
+    counts = torch.ones(len(LABELS) + 1)  # a label that none of these cases has keeps a finite logarithm
+    for index in range(min(len(cases), 32)):
+        counts += torch.bincount(cases[index][1].flatten(), minlength=len(counts))
+    frequencies = counts / counts.sum()
+    output = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)][-1]
+    with torch.no_grad():
+        output.bias.copy_(frequencies.log())
+
+
 def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.device) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes."""
     dtype = AMP_DTYPES[args.amp]
@@ -209,6 +224,8 @@ def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.devic
     cached = args.cache == "ram" or (args.cache == "auto" and fits_in_memory(args.data, kept, world_size()))
     train_cases = Cases(args.data, split["train"], cached)
     validation_cases = Cases(args.data, split["validation"], cached)
+    if not args.resume:
+        start_at_class_frequencies(model, train_cases)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
