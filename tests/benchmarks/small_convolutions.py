@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What oneDNN in place of torch's fallback brings for small volumes (models/onednn.py): the same network with torch's own
-convolutions and with ours, taking turns, float32.
+"""What oneDNN in place of torch's fallback brings for small volumes (models/onednn.py): the same network with torch's
+own convolutions and with ours, taking turns, float32.
 
   python tests/benchmarks/small_convolutions.py --csv tests/benchmarks/results/small_convolutions.csv
 
-On a processor with AVX-512, ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 comes close to one that has AVX2 alone. Rows
-are appended to the CSV.
+On a processor with AVX-512, ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 comes close to one that has AVX2 alone.
+Rows are appended to the CSV.
 """
 
 import argparse
