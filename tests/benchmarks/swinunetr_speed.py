@@ -4,9 +4,10 @@
   python tests/benchmarks/swinunetr_speed.py --csv tests/benchmarks/results/swinunetr_speed_cpu.csv
   python tests/benchmarks/swinunetr_speed.py --device cuda --csv tests/benchmarks/results/swinunetr_speed_cuda.csv
 
-Rows are appended to the CSV. On a processor that only emulates bf16 it is left out. MONAI runs as it comes, with its fused attention (which it has for inference only), and with channels-last memory. In
-bf16 every network runs under autocast and with its weights converted. Prints the median time of each, how much longer
-it takes than ours, and how far its outputs (or, in training, its loss) are from ours.
+MONAI runs as it comes, with its fused attention (which it has for inference only), and with channels-last memory. In
+bf16 every network runs under autocast and with its weights converted; a processor that only emulates bf16 leaves it out.
+Prints the median time of each, how much longer it takes than ours, and how far its outputs (or, in training, its loss)
+are from ours. Rows are appended to the CSV.
 """
 
 import argparse
