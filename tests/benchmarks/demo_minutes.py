@@ -15,7 +15,7 @@ from models import build_model
 from models.device import choose_device, device_name, native_dtypes, resolve_amp
 from models.training import step_seconds
 
-# The rest of the demo, such as imports, phantoms and evaluation, takes as long as this many steps of the U-Net: measured
+# The whole demo, imports, phantoms and evaluation included, takes as long as this many steps of the U-Net: measured
 # once on 2 cores.
 STEPS = 1200
 

@@ -5,7 +5,7 @@
   python tests/benchmarks/swinunetr_speed.py --device cuda --csv tests/benchmarks/results/swinunetr_speed_cuda.csv
 
 MONAI runs as it comes, with its fused attention (which it has for inference only), and with channels-last memory. In
-bf16 every network runs under autocast and with its weights converted; a processor that only emulates bf16 leaves it out.
+bf16 every network runs under autocast and with its weights converted; a processor that only emulates it leaves it out.
 Prints the median time of each, how much longer it takes than ours, and how far its outputs (or, in training, its loss)
 are from ours. Rows are appended to the CSV.
 """
