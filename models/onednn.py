@@ -1,20 +1,23 @@
-"""Small float32 convolutions of batch 1 on a CPU, through oneDNN.
+"""3-D convolutions on a CPU, where what torch does with small volumes is slow or wrong.
 
-torch sends a 3-D convolution of one volume with channels x depth x height up to 20,480 to a fallback that is up to
-forty times slower (`aten::slow_conv3d`), so a U-Net takes as long at 64^3 as at 96^3. A tensor in oneDNN's own format
-is always convolved by oneDNN, and the conversions there and back cost little. The results are the same within float32
-rounding. An exported network holds torch's operators: others have to run it.
+Slow: torch sends a float32 convolution of one volume with channels x depth x height up to 20,480 to a fallback that is
+up to forty times slower (`aten::slow_conv3d`), so a U-Net takes as long at 64^3 as at 96^3. A tensor in oneDNN's own
+format is always convolved by oneDNN, and the conversions there and back cost little. The results are the same within
+float32 rounding. An exported network holds torch's operators: others have to run it.
+
+Wrong: in bfloat16 the gradient for the weights of a 3x3x3 convolution on a volume of depth 2 is read from memory that
+nothing has written (torch 2.13.0). A U-Net at 32^3 and Swin UNETR at 64^3 have such a level; it is computed in float32.
 """
 
 import torch
 from torch import Tensor, nn
 
 SMALL = 20_480  # channels x depth x height up to which torch takes its fallback
+WRONG_DEPTH = 2  # at which the weight gradient in bfloat16 is wrong
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """The same network, its weights untouched: each plain 3-D convolution in it takes the fast way where torch would
-    take the slow one."""
+    """The same network, its weights untouched: each plain 3-D convolution in it takes the better way on a CPU."""
     for module in model.modules():
         if type(module) is nn.Conv3d:
             module.__class__ = Conv3d
@@ -27,6 +30,9 @@ class Conv3d(nn.Conv3d):
     """nn.Conv3d, with small volumes through oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-3] == WRONG_DEPTH and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self(x.float())
         if not _is_slow_in_torch(x, self):
             return super().forward(x)
         return convolution(x, self.weight, self.bias, self.stride, self.padding, False, self.output_padding)

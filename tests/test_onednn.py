@@ -49,6 +49,17 @@ def test_the_operator_keeps_the_rules_that_a_compiler_relies_on():
     torch.library.opcheck(convolution, (x, weight, bias, [1] * 3, [1] * 3, False, [0] * 3))
 
 
+def test_the_weight_gradient_under_autocast_is_right_at_depth_2():
+    torch.manual_seed(0)
+    module = use_onednn(nn.Conv3d(32, 32, 3, padding=1))
+    x, gradient = torch.randn(1, 32, 2, 2, 2), torch.randn(1, 32, 2, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(x)
+    (found,) = torch.autograd.grad(result, module.weight, gradient.to(result.dtype))
+    exact = torch.nn.grad.conv3d_weight(x.double(), module.weight.shape, gradient.double(), padding=1)
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_what_torch_does_fast_is_left_to_it():
     module = use_onednn(nn.Conv3d(4, 4, 3, padding=1))
     large = torch.rand(1, 4, 96, 96, 8)

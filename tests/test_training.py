@@ -14,7 +14,7 @@ from conftest import ROOT, run_script
 
 from models import build_model, cli, load_model, plots, training
 from models.brats import InputError
-from models.dataset import Cases, choose_input, read_split
+from models.dataset import Cases, choose_input, load_case, read_split
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def arguments(data, *flags):
     parser = argparse.ArgumentParser()
     cli.add_training_arguments(parser)
-    # In float32: torch's bf16 training on a CPU does not give the same bits twice.
+    # In float32: --amp auto measures, and need not decide the same way twice.
     return parser.parse_args([str(data), "--run-name", "test", "--amp", "off", *map(str, flags)])
 
 
@@ -55,6 +55,22 @@ def test_the_learning_rate_warms_up_falls_like_a_cosine_and_is_never_zero():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.5e-3)
     assert training.learning_rate(0, 1, 0, 1e-3) == 1e-3
+
+
+@pytest.mark.parametrize(("network", "config"), [("unet", SMALL), ("swinunetr", {"feature_size": 12})])
+def test_training_starts_with_each_label_as_likely_as_it_is_frequent(tensors, network, config):
+    names = read_split(tensors)["train"][:3]
+    cases = Cases(tensors, names, "ram", CPU)
+    labels = torch.cat([load_case(tensors / f"{name}.pt")["label"].flatten() for name in names])
+    model = build_model(network, **config)
+    output = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)][-1]
+    torch.nn.init.zeros_(output.bias)
+    empty = torch.zeros(1, 4, 32, 32, 32)
+    before = model(empty)
+    training.start_at_class_frequencies(model, cases)
+    change = (model(empty) - before).mean((0, 2, 3, 4)).detach()
+    frequencies = torch.tensor([(labels == value).float().mean() for value in range(4)])
+    assert torch.allclose(change.softmax(0), frequencies, atol=1e-3)
 
 
 def one_epoch(data, cases, batch_size, accumulate):

@@ -5,13 +5,13 @@
   python tests/benchmarks/swinunetr_speed.py --device cuda --csv tests/benchmarks/results/swinunetr_speed_cuda.csv
 
 MONAI runs as it comes, with its fused attention (which it has for inference only), and with channels-last memory. In
-bf16 every network runs under autocast and with its weights converted. Prints the median time of each, how much longer
-it takes than ours, and how far its outputs (or, in training, its loss) are from ours.
+bf16 every network runs under autocast and with its weights converted; a processor that only emulates it leaves it out.
+Prints the median time of each, how much longer it takes than ours, and how far its outputs (or, in training, its loss)
+are from ours. Rows are appended to the CSV.
 """
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 import time
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
-from models.swinunetr.network import SwinUNETR
+from models import build_model
+from models.device import device_name, native_dtypes, synchronise
 from models.training import git_commit, make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
@@ -33,10 +34,10 @@ WORK = {  # device -> (mode, dtype, side of the cube in voxels, feature size)
 }
 
 
-def contestants(mode: str, dtype: str, feature_size: int, device) -> dict:
+def make_networks(mode: str, dtype: str, feature_size: int, device) -> dict:
     """(network, whether it takes channels last, whether it runs under autocast) by name; all have the same weights."""
     torch.manual_seed(0)
-    state = SwinUNETR(feature_size=feature_size).state_dict()
+    state = build_model("swinunetr", feature_size=feature_size).state_dict()
     made = {}
 
     def add(name, network, channels_last):
@@ -52,7 +53,7 @@ def contestants(mode: str, dtype: str, feature_size: int, device) -> dict:
             add(f"{name}, bf16 weights", build(), channels_last)
             made[f"{name}, bf16 weights"] = (made[f"{name}, bf16 weights"][0].bfloat16(), channels_last, False)
 
-    copies(lambda: SwinUNETR(feature_size=feature_size), "ours", False)
+    copies(lambda: build_model("swinunetr", feature_size=feature_size), "ours", False)
     for fused in (False, True) if mode == "inference" else (False,):
         for channels_last in (False, True):
             name = "monai" + ", fused attention" * fused + ", channels last" * channels_last
@@ -100,11 +101,6 @@ def measure(made: dict, mode: str, size: int, runs: int, device):
     return seconds, first
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(WORK), default="cpu")
@@ -114,12 +110,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cores = f"CPU, {args.threads} of {os.cpu_count()} cores"
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else cores
+    machine = device_name(device)
     print(f"{machine}, torch {torch.__version__}, commit {git_commit()}")
     rows = []
     for mode, dtype, size, feature_size in WORK[args.device]:
-        seconds, first = measure(contestants(mode, dtype, feature_size, device), mode, size, args.runs, device)
+        if dtype == "bf16" and torch.bfloat16 not in native_dtypes(device):
+            continue
+        seconds, first = measure(make_networks(mode, dtype, feature_size, device), mode, size, args.runs, device)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         best = min(median for name, median in medians.items() if name.startswith("ours"))
         print(f"\n{mode}, {dtype}, {size}^3 voxels, feature size {feature_size}")
@@ -134,9 +131,11 @@ def main():
                 for run, value in enumerate(seconds[name])
             ]  # fmt: skip
     if args.csv:
-        with args.csv.open("w", newline="") as file:
+        is_new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
+            if is_new:
+                writer.writeheader()
             writer.writerows(rows)
 
 
