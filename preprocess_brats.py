@@ -99,7 +99,7 @@ def choose_shard(text: str | None) -> tuple[int, int] | None:
     text = text or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4.")
+        raise InputError(f"--shard (or RANK/WORLD_SIZE) {text}: expected I/N with I from 0 to N-1, such as 0/4.")
     return (int(index), int(count)) if int(count) > 1 else None
 
 

@@ -75,7 +75,10 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
     path = Path(data) / "splits.json"
     if not path.is_file():
         if Path(data, "manifest.json").is_file():
-            raise InputError(f"{data}: too few cases to split: preprocess 3 labelled patients or more.")
+            raise InputError(
+                f"{data}: no splits.json: the preprocessing has not finished, or there were too few cases to split (3 "
+                "labelled patients are needed). Run preprocess_brats.py again."
+            )
         raise InputError(f"{data}: no preprocessed cases here. Make them with preprocess_brats.py.")
     splits = json.loads(path.read_text())
     if fold is None:

@@ -29,21 +29,20 @@ def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int]
     What other settings have made is forgotten before this returns: without splits.json nobody trains on a mixture of
     old and new tensors, however this run ends. Raises InputError where another shard was started with other flags.
     """
+    own = manifest_path(out, shard)
+    if shard:
+        _refuse_other_flags(out, run, shard)
     manifest = {"settings": run["settings"], "versions": _versions(), "cases": {}}
     whole = _read(manifest_path(out))
     if whole and whole["settings"] == run["settings"]:
         manifest = whole
     else:
         _forget(out, whole, run["settings"])
-    if shard:
-        own = manifest_path(out, shard)
-        earlier = _read(own)
-        refuse_other_flags(out, run, shard)
-        parts = [earlier]
-    else:
-        parts = [_read(path) for path in _shard_paths(out)]
-    for part in parts:
-        if part and part["run"]["settings"] == run["settings"]:
+    for path in _shard_paths(out):
+        part = _read(path)
+        if not part or part["run"]["settings"] != run["settings"]:
+            path.unlink(missing_ok=True)
+        elif path == own or not shard:
             manifest["cases"] |= part["cases"]
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.name.endswith(".pt")}
     wanted = set(names) if shard else manifest["cases"].keys()
@@ -56,7 +55,7 @@ def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int]
         manifest = {"run": run, "versions": manifest["versions"], "cases": manifest["cases"]}
         write_manifest(own, manifest)
         try:
-            refuse_other_flags(out, run, shard)  # again: one of two that start at once sees the other's file now
+            _refuse_other_flags(out, run, shard)  # again: one of two that start at once sees the other's file now
         except InputError:
             own.unlink()
             raise
@@ -72,7 +71,7 @@ def _forget(out: Path, old: dict | None, settings: dict):
     manifest_path(out).unlink(missing_ok=True)
 
 
-def refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
+def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
     for index in range(shard[1]):
         path = manifest_path(out, (index, shard[1]))
         other = _read(path) if index != shard[0] else None
