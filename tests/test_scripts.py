@@ -150,7 +150,7 @@ def test_other_settings_forget_the_old_split_before_the_first_new_tensor(many_ra
     process.kill()
     process.wait()
     assert not (tmp_path / "out/splits.json").exists()
-    assert "no splits.json" in run_script("train_unet.py", "out", cwd=tmp_path, status=2).stderr
+    assert "preprocess_brats.py" in run_script("train_unet.py", "out", cwd=tmp_path, status=2).stderr
 
 
 @pytest.fixture(scope="module")

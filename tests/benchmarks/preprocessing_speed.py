@@ -27,6 +27,7 @@ from monai import transforms as mt
 
 from models.brats import MODALITIES, find_cases
 from models.dataset import load_case
+from models.training import git_commit
 from preprocess_brats import process_case
 
 
@@ -77,12 +78,6 @@ def processor() -> str:
     if "avx2" in (os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower(), os.environ.get("ATEN_CPU_CAPABILITY", "").lower()):
         widest = ["avx2"]
     return f"{name} ({widest[-1] if widest else 'no avx2'})"
-
-
-def commit() -> str:
-    folder = Path(__file__).parent
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def cpu_seconds(work, *arguments) -> float:
@@ -136,7 +131,7 @@ def main():
                 print(f"  {key:22} median {statistics.median(values):.3g}, {min(values):.3g} to {max(values):.3g}")
             rows += made
     about = {"worker_peak_gib": peak_of_worker_gib(args.raw, args.size), "processor": processor(),
-             "torch": torch.__version__, "commit": commit(), "date": date.today().isoformat()}  # fmt: skip
+             "torch": torch.__version__, "commit": git_commit(), "date": date.today().isoformat()}  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.csv:
         new = not args.csv.is_file()
