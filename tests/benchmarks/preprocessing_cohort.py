@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What many cases cost besides the work on them: memory of the main process, and seconds of a run with nothing to do.
 
-  python tests/benchmarks/preprocessing_cohort.py --cases 10 1251 --csv tests/benchmarks/results/preprocessing_cohort.csv
+  python tests/benchmarks/preprocessing_cohort.py --csv tests/benchmarks/results/preprocessing_cohort.csv
 
 The cases are hard links to one of 24^3 voxels, preprocessed to 8^3. Memory is the peak of the main process alone
 (Linux), its floor that of Python with the packages that the script imports.
@@ -52,7 +52,7 @@ def run(raw: Path, out: Path, workers: int) -> tuple[float, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, nargs="+", default=[10, 1251])
+    parser.add_argument("--cases", type=int, nargs="+", default=[10, 1251, 10000])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
