@@ -59,7 +59,7 @@ def usable_cpus() -> int:
 def main() -> int:
     args = arguments()
     from models.brats import InputError, find_cases
-    from models.manifest import finish, manifest_path, merge_shards, open_manifest, write_manifest
+    from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
     shard = choose_shard(args.shard)
     found = find_cases(args.raw)[: args.limit]
@@ -74,6 +74,7 @@ def main() -> int:
     manifest = open_manifest(args.out, run, [case.name for case in cases], shard)
     todo = [case for case in cases if not is_done(case, schemes[case.layout], manifest)]
     refuse_full_disk(args, len(todo))
+    claim(args.out, run, manifest, shard)
     print((f"Shard {shard[0]} of {shard[1]}: " if shard else "")
           + f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {args.workers} workers.")
     failures = process(todo, schemes, settings, manifest, manifest_path(args.out, shard), args) if todo else {}
@@ -83,8 +84,9 @@ def main() -> int:
         write_manifest(manifest_path(args.out, shard), manifest | {"failures": failures})
         merged = merge_shards(args.out, run, shard[1])
         if isinstance(merged, list):
-            print(f"Shard {shard[0]} of {shard[1]} is done and waits for nothing: not yet done are "
-                  f"{', '.join(map(str, merged))}. The last to finish writes manifest.json and splits.json.")
+            print(f"Shard {shard[0]} of {shard[1]} is done and waits for nothing. " +
+                  (f"Not yet done: {', '.join(map(str, merged))}. The last one writes manifest.json and splits.json."
+                   if manifest_path(args.out, shard).exists() else "Another has put all of them together."))
             return 0
         manifest, failures = merged
     splits = finish(args.out, manifest, failures, args.seed, args.folds)

@@ -20,55 +20,53 @@ def manifest_path(out: Path, shard: tuple[int, int] | None = None) -> Path:
 
 
 def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int] | None) -> dict:
-    """What is known of the cases in `out`, with the settings of `run`: those of `names` alone for a shard.
+    """What is known of the cases in `out` that were made with the settings of `run`: those of `names` for a shard.
 
     Args:
         run: everything that all shards have to agree upon; its "settings" are what decides a tensor's content.
         shard: (index, count), or None.
 
-    What other settings have made is forgotten before this returns: without splits.json nobody trains on a mixture of
-    old and new tensors, however this run ends. Raises InputError where another shard was started with other flags.
+    Raises InputError where another shard was started with other flags. Changes nothing in `out`.
     """
-    own = manifest_path(out, shard)
     if shard:
         _refuse_other_flags(out, run, shard)
-    manifest = {"settings": run["settings"], "versions": _versions(), "cases": {}}
     whole = _read(manifest_path(out))
-    if whole and whole["settings"] == run["settings"]:
-        manifest = whole
-    else:
-        _forget(out, whole, run["settings"])
+    if not whole or whole["settings"] != run["settings"]:
+        whole = {"settings": run["settings"], "versions": _versions(), "cases": {}}
+    cases = whole["cases"]
+    for path in [manifest_path(out, shard)] if shard else _shard_paths(out):
+        part = _read(path)
+        if part and part["run"]["settings"] == run["settings"]:
+            cases |= part["cases"]
+    wanted = cases.keys() & set(names) if shard else cases.keys()
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.name.endswith(".pt")}
+    cases = {name: cases[name] for name in wanted if sizes.get(f"{name}.pt") == cases[name]["bytes"]}
+    return ({"run": run, "versions": whole["versions"]} if shard else whole) | {"cases": cases}
+
+
+def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
+    """Before the first tensor is written: forget what other settings have made, and show the other shards this one.
+
+    Without splits.json nobody trains on a mixture of old and new tensors, however this run ends.
+    """
+    whole = _read(manifest_path(out))
+    if not whole or whole["settings"] != run["settings"]:
+        if whole:
+            print(f"{out} was made with other settings ({_changes(whole['settings'], run['settings'], 'now')}): every "
+                  "case is made again.")  # fmt: skip
+        (out / "splits.json").unlink(missing_ok=True)
+        manifest_path(out).unlink(missing_ok=True)
     for path in _shard_paths(out):
         part = _read(path)
         if not part or part["run"]["settings"] != run["settings"]:
             path.unlink(missing_ok=True)
-        elif path == own or not shard:
-            manifest["cases"] |= part["cases"]
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.name.endswith(".pt")}
-    wanted = set(names) if shard else manifest["cases"].keys()
-    manifest["cases"] = {
-        name: entry
-        for name, entry in manifest["cases"].items()
-        if name in wanted and sizes.get(f"{name}.pt") == entry["bytes"]
-    }
     if shard:
-        manifest = {"run": run, "versions": manifest["versions"], "cases": manifest["cases"]}
-        write_manifest(own, manifest)
+        write_manifest(manifest_path(out, shard), manifest)
         try:
-            _refuse_other_flags(out, run, shard)  # again: one of two that start at once sees the other's file now
+            _refuse_other_flags(out, run, shard)  # again: of two that start at once, one sees the other's file now
         except InputError:
-            own.unlink()
+            manifest_path(out, shard).unlink()
             raise
-    return manifest
-
-
-def _forget(out: Path, old: dict | None, settings: dict):
-    if old:
-        changes = [f"{key} {old['settings'].get(key)}, now {value}" for key, value in settings.items()
-                   if old["settings"].get(key) != value]  # fmt: skip
-        print(f"{out} was made with other settings ({'; '.join(changes)}): every case is made again.")
-    (out / "splits.json").unlink(missing_ok=True)
-    manifest_path(out).unlink(missing_ok=True)
 
 
 def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
@@ -76,11 +74,13 @@ def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
         path = manifest_path(out, (index, shard[1]))
         other = _read(path) if index != shard[0] else None
         if other and other["run"] != run:
-            theirs, ours = ({**each, **each["settings"]} for each in (other["run"], run))
-            changes = [f"{key} {theirs.get(key)}, here {ours[key]}" for key in ours
-                       if key != "settings" and theirs.get(key) != ours[key]]  # fmt: skip
-            raise InputError(f"{path.name}: that shard was started with other flags or other raw cases "
-                             f"({'; '.join(changes)}). Give all shards the same, or remove the file.")
+            theirs, ours = ({**each, **each["settings"], "settings": None} for each in (other["run"], run))
+            raise InputError(f"{path}: that shard was started with other flags or other raw cases "
+                             f"({_changes(theirs, ours, 'here')}). Give all shards the same, or remove the file.")
+
+
+def _changes(old: dict, new: dict, when: str) -> str:
+    return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
 
 
 def write_manifest(path: Path, manifest: dict):

@@ -170,7 +170,7 @@ def test_shards_write_what_one_process_writes(unsharded, tmp_path, count):
         last = index == count - 1
         result = run_script("preprocess_brats.py", raw, "out", "--size", 16, "--shard", f"{index}/{count}",
                             cwd=tmp_path, status=3 if last else 0)  # fmt: skip
-        assert ("not yet done" in result.stdout) != last
+        assert ("Not yet done" in result.stdout) != last
         assert (tmp_path / "out/splits.json").exists() == last
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in expected.iterdir()}
     for path in expected.iterdir():
@@ -179,12 +179,15 @@ def test_shards_write_what_one_process_writes(unsharded, tmp_path, count):
     assert "11 cases are done already, 1 to do" in again.stdout
 
 
-def test_the_environment_of_torchrun_names_the_shard(unsharded, tmp_path, monkeypatch):
+def test_shards_at_the_same_time_named_by_the_environment_of_torchrun(unsharded, tmp_path):
     raw, expected = unsharded
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        run_script("preprocess_brats.py", raw, "out", "--size", 16, cwd=tmp_path, status=0 if rank else 3)
+    command = [sys.executable, str(ROOT / "preprocess_brats.py"), str(raw), "out", "--size", "16", "--workers", "1"]
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert {rank.wait(timeout=300) for rank in ranks} <= {0, 3}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in expected.iterdir()}
     for name in ("manifest.json", "splits.json", "failures.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes()
 
