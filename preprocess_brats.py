@@ -151,7 +151,7 @@ def process_case(case, scheme: str, out: Path, settings: dict) -> dict:
     result |= {"case": case.name, "modalities": list(MODALITIES), "label_scheme": scheme}
     path = out / f"{case.name}.pt"
     return {
-        "sha256": save_case(path, result, settings["compact"]),
+        "crc32": save_case(path, result, settings["compact"]),
         "bytes": path.stat().st_size,
         "patient": case.patient,
         "labelled": case.labelled,

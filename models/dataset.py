@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from isal import isal_zlib
 from torch.utils.data import DataLoader, Dataset
 
 from models.brats import MODALITIES, InputError
@@ -22,7 +23,10 @@ KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalizatio
 
 
 def save_case(path: Path, case: dict, compact: bool) -> str:
-    """Write a preprocessed case; `compact` stores float16 and uint8. Returns the SHA-256 of the file."""
+    """Write a preprocessed case; `compact` stores float16 and uint8. Returns the CRC-32 of the file.
+
+    A CRC finds damage in a tenth of the time of a SHA-256, which takes an eighth of all preprocessing.
+    """
     stored = dict(case)
     if compact:
         stored["image"] = case["image"].half()
@@ -33,11 +37,13 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
         with temporary.open("w+b") as file:  # given a path, torch would write the temporary name into the file
             torch.save(stored, file)
             file.seek(0)
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            checksum = 0
+            while part := file.read(2**20):
+                checksum = isal_zlib.crc32(part, checksum)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return checksum
+    return f"{checksum:08x}"
 
 
 def load_case(path: str | Path, as_stored: bool = False) -> dict:
@@ -91,7 +97,7 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = _manifest(data)
-    identity = [manifest["settings"], {name: entry["sha256"] for name, entry in manifest["cases"].items()}]
+    identity = [manifest["settings"], {name: entry["crc32"] for name, entry in manifest["cases"].items()}]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
