@@ -97,7 +97,8 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = _manifest(data)
-    identity = [manifest["settings"], {name: entry["crc32"] for name, entry in manifest["cases"].items()}]
+    sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
+    identity = [manifest["settings"], sums]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -80,7 +80,8 @@ def test_preprocessing_says_what_it_found_and_records_what_it_did(raw, tensors):
     manifest = json.loads((tensors / "manifest.json").read_text())
     assert manifest["settings"]["size"] == 32 and len(manifest["cases"]) == 12
     entry = manifest["cases"]["BraTS2021_00000"]
-    assert len(entry["sources"]) == 5 and int(entry["crc32"], 16) == zlib.crc32((tensors / "BraTS2021_00000.pt").read_bytes())
+    assert len(entry["sources"]) == 5
+    assert int(entry["crc32"], 16) == zlib.crc32((tensors / "BraTS2021_00000.pt").read_bytes())
     assert not list(tensors.glob(".*"))  # no temporary files
 
 
