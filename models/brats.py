@@ -6,6 +6,7 @@ Three layouts are found without being told:
 * MSD Task01:      `imagesTr/<case>.nii.gz` (4-D), `labelsTr/<case>.nii.gz`, `dataset.json`
 """
 
+import gzip
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
@@ -90,7 +92,7 @@ class Case:
 @dataclass(frozen=True)
 class Volumes:
     """A case in memory, in native space: `image` [4, X, Y, Z] (int16 as BraTS stores it, else float32), `label` raw
-    values int16 [X, Y, Z] or None, `affine` float64 [4, 4] in mm."""
+    values uint8 or int16 [X, Y, Z] or None, `affine` float64 [4, 4] in mm."""
 
     image: np.ndarray
     label: np.ndarray | None
@@ -117,6 +119,18 @@ def spacing_of(affine) -> list[float]:
     """Voxel size in mm along the RAS axes."""
     sizes = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
     return [float(sizes[axis]) for axis in native_axes(affine)]
+
+
+def occupied_box(volume: np.ndarray) -> list[tuple[int, int]]:
+    """[low, high) along every axis of the voxels of [...] that are not zero; (0, 0) where all are."""
+    # Bits or-ed along the other axes: no mask of the whole grid is made, and negative voxels count.
+    bits = volume if volume.dtype.kind in "iu" else volume != 0
+    box = []
+    for axis in range(volume.ndim):
+        line = np.bitwise_or.reduce(bits, axis=tuple(other for other in range(volume.ndim) if other != axis))
+        occupied = np.flatnonzero(line)
+        box.append((int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0))
+    return box
 
 
 # ---- finding cases -------------------------------------------------------------------------------------------------
@@ -196,25 +210,37 @@ def _find_msd(root: Path) -> list[Case]:
 # ---- reading and writing -------------------------------------------------------------------------------------------
 
 
-def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels in their stored (or scaled) type and the affine [4, 4] in mm of one NIfTI file."""
+def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels in their stored (or scaled) type and the affine [4, 4] in mm of one NIfTI file.
+
+    The voxels are `into`, an array laid out as in a file, where that has their shape and stored type: large arrays cost
+    the system as much time to hand out as the processor to fill.
+    """
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}.") from None
-    try:
-        # igzip checks the CRC: a truncated or altered file cannot pass.
-        data = igzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        image = nibabel.Nifti1Image.from_bytes(data)
-        voxels = np.asanyarray(image.dataobj)
-    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+        with path.open("rb") as file:
+            # igzip checks the CRC: a truncated or altered file cannot pass.
+            stream = igzip.IGzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            header = nibabel.Nifti1Header.from_fileobj(stream)
+            stream.seek(header.get_data_offset())
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            fits = into is not None and (into.shape, into.dtype) == (shape, dtype)
+            voxels = into if fits else np.empty(shape, dtype, order="F")
+            if stream.readinto(voxels.ravel("K").view(np.uint8)) < voxels.nbytes:
+                raise EOFError("the voxels end too early")
+            while stream.read(2**20):  # to the end of the stream, where the CRC is
+                pass
+    except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged ({_one_line(error)}). Download or copy it again.") from None
     except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}).") from None
-    if abs(np.linalg.det(image.affine[:3, :3])) < 1e-6 or not np.isfinite(image.affine).all():
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+    affine = header.get_best_affine()
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 or not np.isfinite(affine).all():
         raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
-    return voxels, image.affine
+    slope, intercept = header.get_slope_inter()
+    return apply_read_scaling(voxels, slope, intercept), affine
 
 
 def _one_line(error: Exception) -> str:
@@ -230,8 +256,8 @@ def read_case(case: Case) -> Volumes:
         path = case.files["seg"][0]
         voxels, its_affine = read_nifti(path)
         _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
-        label = voxels.astype(np.int16)
-        if not np.array_equal(label, voxels):
+        label = voxels if voxels.dtype in (np.uint8, np.int16) else voxels.astype(np.int16)
+        if label is not voxels and not np.array_equal(label, voxels):
             raise InputError(f"{path}: holds values that are not whole numbers, so it is not a segmentation.")
     return Volumes(image, label, affine)
 
@@ -241,16 +267,17 @@ def _read_modalities(case: Case):
     image, affine = None, None
     for channel, modality in enumerate(MODALITIES):
         path = case.files[modality][0]
-        voxels, its_affine = read_nifti(path)
+        voxels, its_affine = read_nifti(path, None if image is None else image[channel])
         if voxels.ndim != 3:
             raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
         if image is None:
-            image, affine = np.empty((len(MODALITIES), *voxels.shape), np.int16), its_affine
+            image, affine = _empty_image(voxels.shape, np.int16), its_affine
         if not np.can_cast(voxels.dtype, image.dtype):
             image = image.astype(np.float32)
         _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
         _refuse_bad_voxels(voxels, path)
-        image[channel] = voxels
+        if not np.shares_memory(image, voxels):
+            image[channel] = voxels
     return image, affine, reference
 
 
@@ -260,11 +287,16 @@ def _read_4d(case: Case):
     if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
         raise InputError(f"{path}: shape {voxels.shape}, expected [X, Y, Z, {len(MODALITIES)}].")
     dtype = np.int16 if np.can_cast(voxels.dtype, np.int16) else np.float32
-    # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
-    image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(dtype, copy=False)
+    image = _empty_image(voxels.shape[:3], dtype)
     for channel, modality in enumerate(MODALITIES):
+        image[channel] = voxels[..., case.channels.index(modality)]
         _refuse_bad_voxels(image[channel], f"{path} ({modality})")
     return image, affine, path
+
+
+def _empty_image(shape, dtype) -> np.ndarray:
+    """[4, X, Y, Z] with each modality laid out as in a NIfTI file, X the fastest: to fill it is a plain copy."""
+    return np.empty((len(MODALITIES), *shape[::-1]), dtype).transpose(0, 3, 2, 1)
 
 
 def _refuse_missing_or_double(case: Case):
@@ -296,7 +328,9 @@ def _refuse_bad_voxels(voxels: np.ndarray, path):
 def to_training_labels(label: np.ndarray, scheme: str, path="the segmentation") -> np.ndarray:
     """Raw label values [...] of one scheme -> training labels uint8 [...]; an unknown value is refused."""
     mapping = LABEL_SCHEMES[scheme]
-    values = np.flatnonzero(np.bincount(label.ravel())) if label.size and label.min() >= 0 else np.unique(label)
+    tumour = tuple(slice(low, high) for low, high in occupied_box(label))  # a fortieth of a head, all else is 0
+    inside = label[tumour]
+    values = np.unique(inside) if inside.size and inside.min() < 0 else np.flatnonzero(np.bincount(inside.ravel()))
     unknown = [int(value) for value in values if value not in mapping]
     if unknown:
         fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
@@ -305,7 +339,9 @@ def to_training_labels(label: np.ndarray, scheme: str, path="the segmentation") 
     table = np.zeros(max(mapping) + 1, np.uint8)
     for raw, training in mapping.items():
         table[raw] = training
-    return table[label]
+    result = np.zeros_like(label, np.uint8)
+    result[tumour] = table[inside]
+    return result
 
 
 def to_raw_labels(label: np.ndarray, scheme: str) -> np.ndarray:

@@ -4,8 +4,8 @@ A `.pt` file is a dict that `torch.load(path, weights_only=True)` reads; README.
 """
 
 import hashlib
-import io
 import json
+import os
 import random
 import shutil
 import time
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from isal import isal_zlib
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.brats import MODALITIES, InputError, write_atomically
+from models.brats import MODALITIES, InputError
 from models.device import free_memory_bytes, free_ram_bytes, processes_here, rank, world_size
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
@@ -29,16 +30,27 @@ PREFETCH = 2  # batches that each worker reads ahead
 
 
 def save_case(path: Path, case: dict, compact: bool) -> str:
-    """Write a preprocessed case; `compact` stores float16 and uint8. Returns the SHA-256 of the file."""
+    """Write a preprocessed case; `compact` stores float16 and uint8. Returns the CRC-32 of the file.
+
+    A CRC finds damage in a tenth of the time of a SHA-256, which takes an eighth of all preprocessing.
+    """
     stored = dict(case)
     if compact:
         stored["image"] = case["image"].half()
         if "label" in case:
             stored["label"] = case["label"].to(torch.uint8)
-    buffer = io.BytesIO()
-    torch.save(stored, buffer)
-    write_atomically(path, buffer.getbuffer())
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:  # given a path, torch would write the temporary name into the file
+            torch.save(stored, file)
+            file.seek(0)
+            checksum = 0
+            while part := file.read(2**20):
+                checksum = isal_zlib.crc32(part, checksum)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return f"{checksum:08x}"
 
 
 def load_case(path: str | Path, as_stored: bool = False) -> dict:
@@ -71,46 +83,15 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
 # ---- splits --------------------------------------------------------------------------------------------------------
 
 
-def make_splits(patients: dict[str, str], seed: int, folds: int) -> dict:
-    """80 / 10 / 10 % of the patients, and cross-validation folds over train + validation.
-
-    Args:
-        patients: case name -> patient; two visits of a patient never cross a split.
-
-    Raises InputError below three patients.
-    """
-    cases_of: dict[str, list[str]] = {}
-    for case, patient in sorted(patients.items()):
-        cases_of.setdefault(patient, []).append(case)
-    order = sorted(cases_of)
-    if len(order) < 3:
-        raise InputError(f"too few cases to split: {len(order)} labelled patients, at least 3 are needed.")
-    random.Random(seed).shuffle(order)
-    held_out = max(1, round(0.1 * len(order)))
-
-    def cases(of_patients):
-        return sorted(case for patient in of_patients for case in cases_of[patient])
-
-    test, validation, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
-    rest = validation + train
-    parts = [rest[k :: min(folds, len(rest))] for k in range(min(folds, len(rest)))]
-    return {
-        "seed": seed,
-        "train": cases(train),
-        "validation": cases(validation),
-        "test": cases(test),
-        "folds": [
-            {"train": cases(p for p in rest if p not in part), "validation": cases(part)} for part in map(set, parts)
-        ],
-    }
-
-
 def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]]:
     """Case names of `train`, `validation` and `test` of a preprocessed folder; with `fold`, those of that fold."""
     path = Path(data) / "splits.json"
     if not path.is_file():
         if Path(data, "manifest.json").is_file():
-            raise InputError(f"{data}: too few cases to split: preprocess 3 labelled patients or more.")
+            raise InputError(
+                f"{data}: no splits.json: the preprocessing has not finished, or there were too few cases to split (3 "
+                "labelled patients are needed). Run preprocess_brats.py again."
+            )
         raise InputError(f"{data}: no preprocessed cases here. Make them with preprocess_brats.py.")
     splits = json.loads(path.read_text())
     if fold is None:
@@ -123,7 +104,8 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = _manifest(data)
-    identity = [manifest["settings"], {name: entry["sha256"] for name, entry in manifest["cases"].items()}]
+    sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
+    identity = [manifest["settings"], sums]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

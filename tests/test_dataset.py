@@ -17,9 +17,9 @@ from models.dataset import (
     choose_workers,
     epoch_order,
     load_case,
-    make_splits,
     read_split,
 )
+from models.manifest import make_splits
 
 CPU = torch.device("cpu")
 

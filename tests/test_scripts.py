@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import nibabel
 import numpy as np
@@ -78,33 +80,150 @@ def test_preprocessing_says_what_it_found_and_records_what_it_did(raw, tensors):
     manifest = json.loads((tensors / "manifest.json").read_text())
     assert manifest["settings"]["size"] == 32 and len(manifest["cases"]) == 12
     entry = manifest["cases"]["BraTS2021_00000"]
-    assert len(entry["sources"]) == 5 and len(entry["sha256"]) == 64
+    assert len(entry["sources"]) == 5
+    assert int(entry["crc32"], 16) == zlib.crc32((tensors / "BraTS2021_00000.pt").read_bytes())
     assert not list(tensors.glob(".*"))  # no temporary files
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-def test_a_killed_preprocessing_goes_on_where_it_stopped(raw, tmp_path):
+@pytest.fixture(scope="module")
+def many_raw(raw, tmp_path_factory):
+    """Sixty cases that are links to one: enough that a run can be stopped in its middle."""
+    folder = tmp_path_factory.mktemp("many")
     for index in range(60):
-        (tmp_path / f"raw/C{index:02d}").mkdir(parents=True)
+        (folder / f"C{index:02d}").mkdir()
         for file in (raw / "BraTS2021_00000").iterdir():
-            name = file.name.replace("BraTS2021_00000", f"C{index:02d}")
-            (tmp_path / f"raw/C{index:02d}/{name}").symlink_to(file)
-    command = [sys.executable, str(ROOT / "preprocess_brats.py"), "raw", "out", "--size", "96", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "out/manifest.json").exists():
-        time.sleep(0.05)
+            (folder / f"C{index:02d}" / file.name.replace("BraTS2021_00000", f"C{index:02d}")).symlink_to(file)
+    return folder
+
+
+def start_preprocessing(*arguments, cwd):
+    """The script with one worker, as a process group of its own."""
+    command = [sys.executable, str(ROOT / "preprocess_brats.py"), *map(str, arguments), "--workers", "1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, **quiet)
+
+
+def wait_until(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended too soon to test anything"
+
+
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+
+
+@needs_signals
+def test_a_killed_preprocessing_goes_on_where_it_stopped(many_raw, tmp_path):
+    process = start_preprocessing(many_raw, "out", "--size", 96, cwd=tmp_path)
+    wait_until(process, (tmp_path / "out/manifest.json").exists)
     process.kill()
     process.wait()
     kept = set(json.loads((tmp_path / "out/manifest.json").read_text())["cases"])
     assert 0 < len(kept) < 60, "killed too late to test anything"
-    result = run_script("preprocess_brats.py", "raw", "out", "--size", 96, "--workers", 2, cwd=tmp_path)
+    result = run_script("preprocess_brats.py", many_raw, "out", "--size", 96, "--workers", 2, cwd=tmp_path)
     assert f"{len(kept)} cases are done already, {60 - len(kept)} to do" in result.stdout
     assert len(list((tmp_path / "out").glob("*.pt"))) == 60
+
+
+@needs_signals
+def test_ctrl_c_ends_every_process_and_keeps_what_is_done(many_raw, tmp_path):
+    process = start_preprocessing(many_raw, "out", "--size", 96, cwd=tmp_path)
+    wait_until(process, lambda: len(list(tmp_path.glob("out/*.pt"))) > 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers as well
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):  # what has ended stays in the group until the system collects it
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    kept = json.loads((tmp_path / "out/manifest.json").read_text())["cases"]
+    assert 2 <= len(kept) < 60
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+@needs_signals
+def test_other_settings_forget_the_old_split_before_the_first_new_tensor(many_raw, tmp_path):
+    run_script("preprocess_brats.py", many_raw, "out", "--size", 16, "--limit", 12, cwd=tmp_path)
+    old = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*.pt")}
+    process = start_preprocessing(many_raw, "out", "--size", 96, cwd=tmp_path)
+    first = tmp_path / "out/C00.pt"
+    wait_until(process, lambda: first.stat().st_mtime_ns != old[first.name])
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/splits.json").exists()
+    assert "preprocess_brats.py" in run_script("train_unet.py", "out", cwd=tmp_path, status=2).stderr
+
+
+@pytest.fixture(scope="module")
+def unsharded(raw, tmp_path_factory):
+    """The twelve cases, one of them damaged, in 16^3 by one process: the raw folder and the result."""
+    folder = tmp_path_factory.mktemp("unsharded")
+    shutil.copytree(raw, folder / "raw")
+    (folder / "raw/BraTS2021_00003/BraTS2021_00003_t2.nii.gz").unlink()
+    run_script("preprocess_brats.py", folder / "raw", "out", "--size", 16, cwd=folder, status=3)
+    return folder / "raw", folder / "out"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_write_what_one_process_writes(unsharded, tmp_path, count):
+    raw, expected = unsharded
+    for index in range(count):
+        last = index == count - 1
+        result = run_script("preprocess_brats.py", raw, "out", "--size", 16, "--shard", f"{index}/{count}",
+                            cwd=tmp_path, status=3 if last else 0)  # fmt: skip
+        assert ("Not yet done" in result.stdout) != last
+        assert (tmp_path / "out/splits.json").exists() == last
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in expected.iterdir()}
+    for path in expected.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    again = run_script("preprocess_brats.py", raw, "out", "--size", 16, cwd=tmp_path, status=3)
+    assert "11 cases are done already, 1 to do" in again.stdout
+
+
+def test_shards_at_the_same_time_named_by_the_environment_of_torchrun(unsharded, tmp_path):
+    raw, expected = unsharded
+    command = [sys.executable, str(ROOT / "preprocess_brats.py"), str(raw), "out", "--size", "16", "--workers", "1"]
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert {rank.wait(timeout=300) for rank in ranks} <= {0, 3}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in expected.iterdir()}
+    for name in ("manifest.json", "splits.json", "failures.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_a_run_without_shards_takes_over_what_they_have_done(unsharded, tmp_path):
+    raw, expected = unsharded
+    run_script("preprocess_brats.py", raw, "out", "--size", 16, "--shard", "1/2", cwd=tmp_path)
+    result = run_script("preprocess_brats.py", raw, "out", "--size", 16, cwd=tmp_path, status=3)
+    assert "5 cases are done already, 7 to do" in result.stdout
+    assert (tmp_path / "out/manifest.json").read_bytes() == (expected / "manifest.json").read_bytes()
+    assert not list(tmp_path.glob("out/manifest-shard-*"))
+
+
+def test_a_shard_with_other_flags_is_refused_and_changes_nothing(unsharded, tmp_path):
+    raw, _ = unsharded
+    run_script("preprocess_brats.py", raw, "out", "--size", 16, "--shard", "0/2", cwd=tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for flags in (["--size", 24], ["--size", 16, "--seed", 1], ["--size", 16, "--limit", 7]):
+        result = run_script("preprocess_brats.py", raw, "out", *flags, "--shard", "1/2", cwd=tmp_path, status=2)
+        assert len(result.stderr.strip().splitlines()) == 1 and "manifest-shard-0-of-2.json" in result.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_a_shard_that_cannot_be_is_refused(raw, tmp_path, shard):
+    result = run_script("preprocess_brats.py", raw, "out", f"--shard={shard}", cwd=tmp_path, status=2)
+    assert len(result.stderr.strip().splitlines()) == 1 and "--shard" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_make_every_case_again(raw, tmp_path):
     run_script("preprocess_brats.py", raw, "out", "--size", 16, "--limit", 2, cwd=tmp_path)
     result = run_script("preprocess_brats.py", raw, "out", "--size", 32, "--limit", 2, cwd=tmp_path)
+    assert "other settings (size 16, now 32)" in result.stdout
     assert "0 cases are done already, 2 to do" in result.stdout
 
 
@@ -117,7 +236,7 @@ def test_bad_cases_are_named_in_failures_csv_and_the_others_go_on(tmp_path):
     seg = tmp_path / "raw/C4/C4_seg.nii.gz"
     image = nibabel.load(seg)
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) * 0 + 7, image.affine), seg)
-    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path, status=1)
+    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path, status=3)
     reasons = {row["case"]: row["reason"] for row in read(tmp_path / "out/failures.csv")}
     assert set(reasons) == {"C1", "C3", "C4"}
     assert "no t2 file" in reasons["C1"] and "truncated" in reasons["C3"] and "value 7" in reasons["C4"]

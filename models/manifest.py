@@ -1,0 +1,186 @@
+"""What a folder of preprocessed cases says of itself: manifest.json, splits.json and failures.csv.
+
+One process writes them, or several that share a cohort: each keeps a `manifest-shard-I-of-N.json` of its own, and the
+last one to finish merges these. Nothing here imports torch: a run that finds everything done need not wait for it.
+"""
+
+import csv
+import io
+import json
+import os
+import random
+from importlib.metadata import version
+from pathlib import Path
+
+from models.brats import InputError, write_atomically
+
+
+def manifest_path(out: Path, shard: tuple[int, int] | None = None) -> Path:
+    return out / ("manifest-shard-{}-of-{}.json".format(*shard) if shard else "manifest.json")
+
+
+def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int] | None) -> dict:
+    """What is known of the cases in `out` that were made with the settings of `run`: those of `names` for a shard.
+
+    Args:
+        run: everything that all shards have to agree upon; its "settings" are what decides a tensor's content.
+        shard: (index, count), or None.
+
+    Raises InputError where another shard was started with other flags. Changes nothing in `out`.
+    """
+    if shard:
+        _refuse_other_flags(out, run, shard)
+    whole = _read(manifest_path(out))
+    if not whole or whole["settings"] != run["settings"]:
+        whole = {"settings": run["settings"], "versions": _versions(), "cases": {}}
+    cases = whole["cases"]
+    for path in [manifest_path(out, shard)] if shard else _shard_paths(out):
+        part = _read(path)
+        if part and part["run"]["settings"] == run["settings"]:
+            cases |= part["cases"]
+    wanted = cases.keys() & set(names) if shard else cases.keys()
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.name.endswith(".pt")}
+    cases = {name: cases[name] for name in wanted if sizes.get(f"{name}.pt") == cases[name]["bytes"]}
+    return ({"run": run, "versions": whole["versions"]} if shard else whole) | {"cases": cases}
+
+
+def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
+    """Before the first tensor is written: forget what other settings have made, and show the other shards this one.
+
+    Without splits.json nobody trains on a mixture of old and new tensors, however this run ends.
+    """
+    whole = _read(manifest_path(out))
+    if not whole or whole["settings"] != run["settings"]:
+        if whole:
+            print(f"{out} was made with other settings ({_changes(whole['settings'], run['settings'], 'now')}): every "
+                  "case is made again.")  # fmt: skip
+        (out / "splits.json").unlink(missing_ok=True)
+        manifest_path(out).unlink(missing_ok=True)
+    for path in _shard_paths(out):
+        part = _read(path)
+        if not part or part["run"]["settings"] != run["settings"]:
+            path.unlink(missing_ok=True)
+    if shard:
+        write_manifest(manifest_path(out, shard), manifest)
+        try:
+            _refuse_other_flags(out, run, shard)  # again: of two that start at once, one sees the other's file now
+        except InputError:
+            manifest_path(out, shard).unlink()
+            raise
+
+
+def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
+    for index in range(shard[1]):
+        path = manifest_path(out, (index, shard[1]))
+        other = _read(path) if index != shard[0] else None
+        if other and other["run"] != run:
+            theirs, ours = ({**each, **each["settings"], "settings": None} for each in (other["run"], run))
+            raise InputError(f"{path}: that shard was started with other flags or other raw cases "
+                             f"({_changes(theirs, ours, 'here')}). Give all shards the same, or remove the file.")
+
+
+def _changes(old: dict, new: dict, when: str) -> str:
+    return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
+
+
+def write_manifest(path: Path, manifest: dict):
+    manifest["cases"] = dict(sorted(manifest["cases"].items()))
+    write_atomically(path, json.dumps(manifest, indent=1))
+
+
+def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]] | list[int]:
+    """(manifest, failures) of the whole cohort, or the shards that have not finished.
+
+    Several processes may do this at the same time: all of them get the same result from the same files.
+    """
+    parts = [_read(manifest_path(out, (index, count))) for index in range(count)]
+    unfinished = [index for index, part in enumerate(parts) if not part or "failures" not in part]
+    if unfinished:
+        return unfinished
+    whole = _read(manifest_path(out)) or {"cases": {}}
+    cases, failures = whole["cases"], {}
+    for part in parts:
+        cases |= part["cases"]
+        failures |= part["failures"]
+    cases = {name: entry for name, entry in cases.items() if name not in failures}
+    versions = whole.get("versions", parts[0]["versions"])
+    return {"settings": run["settings"], "versions": versions, "cases": cases}, failures
+
+
+def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int) -> dict | None:
+    """Write manifest.json, failures.csv and splits.json, in this order; returns the splits, None for too few cases."""
+    write_manifest(manifest_path(out), manifest)
+    failures_csv = out / "failures.csv"
+    if failures:
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([("case", "reason"), *sorted(failures.items())])
+        write_atomically(failures_csv, table.getvalue())
+    else:
+        failures_csv.unlink(missing_ok=True)
+    patients = {name: entry["patient"] for name, entry in manifest["cases"].items() if entry["labelled"]}
+    try:
+        splits = make_splits(patients, seed, folds)
+        write_atomically(out / "splits.json", json.dumps(splits, indent=1))
+    except InputError as error:
+        splits = None
+        (out / "splits.json").unlink(missing_ok=True)
+        print(f"No splits.json: {error}")
+    for path in _shard_paths(out):
+        path.unlink(missing_ok=True)
+    return splits
+
+
+def make_splits(patients: dict[str, str], seed: int, folds: int) -> dict:
+    """80 / 10 / 10 % of the patients, and cross-validation folds over train + validation.
+
+    Args:
+        patients: case name -> patient; two visits of a patient never cross a split.
+
+    Raises InputError below three patients.
+    """
+    cases_of: dict[str, list[str]] = {}
+    for case, patient in sorted(patients.items()):
+        cases_of.setdefault(patient, []).append(case)
+    order = sorted(cases_of)
+    if len(order) < 3:
+        raise InputError(f"too few cases to split: {len(order)} labelled patients, at least 3 are needed.")
+    random.Random(seed).shuffle(order)
+    held_out = max(1, round(0.1 * len(order)))
+
+    def cases(of_patients):
+        return sorted(case for patient in of_patients for case in cases_of[patient])
+
+    test, validation, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
+    rest = validation + train
+    parts = [rest[k :: min(folds, len(rest))] for k in range(min(folds, len(rest)))]
+    return {
+        "seed": seed,
+        "train": cases(train),
+        "validation": cases(validation),
+        "test": cases(test),
+        "folds": [
+            {"train": cases(p for p in rest if p not in part), "validation": cases(part)} for part in map(set, parts)
+        ],
+    }
+
+
+def _shard_paths(out: Path) -> list[Path]:
+    return sorted(out.glob("manifest-shard-*-of-*.json"))
+
+
+def _read(path: Path) -> dict | None:
+    """A manifest as it was written; None where there is none, or another shard has just removed it."""
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest["cases"], dict) and (manifest.get("settings") or manifest["run"]["settings"]):
+            return manifest
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        pass
+    print(f"{path} cannot be read: its cases are made again.")
+    return None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "numpy", "nibabel")}
