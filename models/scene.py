@@ -1,6 +1,7 @@
 """What the viewer shows of a case: its image, its label maps, and what is said about them."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
@@ -30,10 +31,15 @@ class Scene:
         self.maps = {name: np.ascontiguousarray(label) for name, label in self.maps.items()}
         self.windows = self.windows or [intensity_window(volume) for volume in self.image]
 
+    @cached_property
+    def ras_to_native(self) -> np.ndarray:
+        """From an index of `image` to a voxel of the file."""
+        return inv_ornt_aff(io_orientation(self.affine), self.native_shape)
+
     @property
     def ras_affine(self) -> np.ndarray:
         """From an index of `image` to mm."""
-        return self.affine @ inv_ornt_aff(io_orientation(self.affine), self.native_shape)
+        return self.affine @ self.ras_to_native
 
 
 def with_prediction(scene: Scene, label: np.ndarray, timing: str = "") -> Scene:

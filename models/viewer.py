@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
-from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES, InputError
+from models.drawing import Line, SlicePicture, add_outline, box_in_picture, crop
 from models.plots import (
     CONVENTION,
     LABEL_COLORS,
@@ -21,7 +21,6 @@ from models.scene import Scene
 KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t c: truth, prediction, outline   "
             "n b: case   s: save   q")  # fmt: skip
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is at the left, right, top and bottom
-OUTLINE_SCALE = 2  # an outline is half a voxel wide
 SIDE_INCHES = 11  # of the window, at 100 dots per inch
 MARGIN = 0.05  # around the head for the letters, as a share of its longer side
 
@@ -46,34 +45,6 @@ def new_figure(with_window: bool):
     if figure is None or figure.canvas.required_interactive_framework is None:
         raise InputError("no window can be opened here (no display, or neither Tk nor Qt). Use --save PNG.")
     return figure
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def box_in_picture(mask: np.ndarray, plane: str) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what a mask [D, H, W] covers in the pictures of a plane, with all slices seen
-    through at once; of the whole picture where it covers nothing."""
-    shadow = slice_view(mask.any(axis=PLANES[plane], keepdims=True), plane, 0)
-    if not shadow.any():
-        return 0, shadow.shape[0], 0, shadow.shape[1]
-    rows, columns = np.flatnonzero(shadow.any(1)), np.flatnonzero(shadow.any(0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def crop(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    top, bottom, left, right = box
-    return picture[top:bottom, left:right]
-
-
-def add_outline(picture: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """RGBA [rows, columns, 4] with the outline of each label of [rows, columns] drawn over it, at OUTLINE_SCALE."""
-    picture, label = (a.repeat(OUTLINE_SCALE, 0).repeat(OUTLINE_SCALE, 1) for a in (picture, label))
-    around = np.pad(label, 1)
-    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-    edge = (label > 0) & np.logical_or.reduce([label != neighbour for neighbour in neighbours])
-    picture[edge] = label_overlay(label[edge], 1.0)
-    return picture
 
 
 # ---- the window ----------------------------------------------------------------------------------------------------
@@ -110,9 +81,10 @@ class Viewer:
         for channel, modality in enumerate(MODALITIES):
             axes = figure.add_subplot(grid[channel // 2, channel % 2], facecolor="black")
             axes.set_axis_off()
+            axes.set(xticks=[], yticks=[], aspect="equal")  # matplotlib asks every tick whether the wheel turned on it
             axes.set_title(modality.upper(), color="white", fontsize=13)
-            self.panes.append(axes.imshow([[0]], cmap="gray"))
-            self.overlays.append(axes.imshow([[[0, 0, 0, 0]]], interpolation="nearest"))
+            self.panes.append(axes.add_artist(SlicePicture(axes)))
+            self.overlays.append(axes.add_artist(SlicePicture(axes)))
             places = ((0, 0.5, "left", "center"), (1, 0.5, "right", "center"),
                       (0.5, 1, "center", "top"), (0.5, 0, "center", "bottom"))  # fmt: skip
             self.letters.append([axes.text(x, y, "", ha=ha, va=va, color="#cccccc", transform=axes.transAxes)
@@ -120,16 +92,18 @@ class Viewer:
         sheet = figure.add_axes((0, 0, 1, 1), zorder=-1)  # the words belong to axes, or a saved file would lack them
         sheet.set_axis_off()
         # Two lines that meet at one height: they stay apart in a window of any size.
-        self.title = sheet.text(0.5, 0.97, "", color="white", ha="center", va="bottom", fontsize=12)
+        self.title = sheet.add_artist(Line(0.5, 0.97, "", color="white", ha="center", va="bottom", fontsize=12))
         self.convention = sheet.text(0.5, 0.967, "", color="white", ha="center", va="top", fontsize=12)
         self.legend_text = sheet.text(0.5, 0.053, "", color="white", ha="center", va="bottom", fontsize=10)
         self.note = sheet.text(0.5, 0.05, "", color="white", ha="center", va="top", fontsize=10)
-        self.status = sheet.text(0.5, 0.01, self.help, color="#aaaaaa", ha="center", va="bottom", fontsize=9)
+        self.status = sheet.add_artist(
+            Line(0.5, 0.01, self.help, color="#aaaaaa", ha="center", va="bottom", fontsize=9)
+        )
         self.font_scale = 1.0
         self.font_sizes = {text: text.get_fontsize() for text in figure.findobj(Text)}
-        self.layers = {"slices": [*self.panes, *self.overlays, self.title],
+        self.layers = {"slices": [*self.panes, *self.overlays], "title": [self.title],
                        "words": [self.legend_text, self.note], "status": [self.status]}  # fmt: skip
-        heights = {"slices": (0.125, 1), "words": (0.028, 0.073), "status": (0, 0.028)}
+        heights = {"slices": (0.125, 0.92), "title": (0.968, 1), "words": (0.028, 0.073), "status": (0, 0.028)}
         areas = {name: Bbox([[0, bottom], [1, top]]) for name, (bottom, top) in heights.items()}
         self.areas = {name: TransformedBbox(area, figure.transFigure) for name, area in areas.items()}
         for artists in self.layers.values():
@@ -203,8 +177,8 @@ class Viewer:
                 text.set_text(letter)
         sagittal = "seen from the patient's right: anterior is on the right"
         self.convention.set_text(sagittal if self.plane == "sagittal" else CONVENTION)
-        self.show_legend()
         self.show_slice()
+        self.show_legend()
 
     def extent_mm(self, box) -> tuple[float, float, float, float]:
         """Left, right, bottom and top in mm, counted from the corner of the whole picture, of a box in it."""
@@ -222,6 +196,7 @@ class Viewer:
                 layer.set_data(overlay)
         place = f" ({self.place})" if self.place else ""
         self.title.set_text(f"{self.scene.name}{place}   {self.plane} slice {self.index} of {self.slice_count}")
+        self.redraw("title")
         self.redraw("slices")
 
     def overlay_picture(self) -> np.ndarray | None:
@@ -288,7 +263,8 @@ class Viewer:
             canvas.restore_region(self.backgrounds[layer])
             for artist in self.layers[layer]:
                 self.figure.draw_artist(artist)
-            canvas.blit(self.areas[layer])
+        # Handing over the whole window takes less time than handing over parts of it one by one.
+        canvas.blit(self.areas[stale.pop()] if len(stale) == 1 else None)
 
     def on_draw(self, event):
         """All but the layers has been drawn: keep it, and draw the layers over it."""
@@ -369,7 +345,7 @@ class Viewer:
             return self.help
         where = f"voxel {voxel} of network space"
         if self.scene.affine is not None:
-            native = inv_ornt_aff(io_orientation(self.scene.affine), self.scene.native_shape) @ (*voxel, 1)
+            native = self.scene.ras_to_native @ (*voxel, 1)
             mm = self.scene.ras_affine @ (*voxel, 1)
             where = "voxel ({:.0f}, {:.0f}, {:.0f})   RAS ({:.1f}, {:.1f}, {:.1f}) mm".format(*native[:3], *mm[:3])
         values = (f"{m.upper()} {self.scene.image[(c, *voxel)]:.4g}" for c, m in enumerate(MODALITIES))
