@@ -133,14 +133,14 @@ def read_prediction(path: Path, scene):
     """A label map on the scene's own grid, as training labels with RAS axes."""
     import numpy as np
 
-    from models.brats import InputError, read_nifti, to_ras, to_training_labels
+    from models.brats import InputError, read_label, to_ras, to_training_labels
 
-    voxels, affine = read_nifti(path)
+    label, affine = read_label(path)
     if scene.affine is None:
         raise InputError("--prediction: a label map is on the original grid; name the raw case, not a .pt file.")
-    if voxels.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
-        raise InputError(f"{path}: its grid {voxels.shape} is not that of {scene.name} {scene.native_shape}.")
-    return to_ras(to_training_labels(voxels.astype(np.int16), scene.scheme, path)[None], affine)[0]
+    if label.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
+        raise InputError(f"{path}: its grid {label.shape} is not that of {scene.name} {scene.native_shape}.")
+    return to_ras(to_training_labels(label, scene.scheme, path)[None], affine)[0]
 
 
 if __name__ == "__main__":

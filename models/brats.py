@@ -217,6 +217,19 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, image.affine
 
 
+def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Raw label values int16 [X, Y, Z] and the affine of a segmentation. Scaled files hold values such as 1.0000153:
+    what is within 1e-3 of a whole number is rounded, anything else is refused."""
+    voxels, affine = read_nifti(path)
+    if np.can_cast(voxels.dtype, np.int16):
+        return voxels.astype(np.int16), affine
+    with np.errstate(invalid="ignore"):  # NaN, and numbers that int16 cannot hold, differ from what they become
+        label = np.rint(voxels).astype(np.int16)
+    if not (np.abs(label - voxels) <= 1e-3).all():
+        raise InputError(f"{path}: holds values that are not whole numbers. Give a label map, not a probability map.")
+    return label, affine
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -228,11 +241,8 @@ def read_case(case: Case) -> Volumes:
     label = None
     if case.labelled:
         path = case.files["seg"][0]
-        voxels, its_affine = read_nifti(path)
-        _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
-        label = voxels.astype(np.int16)
-        if not np.array_equal(label, voxels):
-            raise InputError(f"{path}: holds values that are not whole numbers, so it is not a segmentation.")
+        label, its_affine = read_label(path)
+        _refuse_other_grid(path, label, its_affine, reference, image.shape[1:], affine)
     return Volumes(image, label, affine)
 
 
@@ -245,7 +255,9 @@ def _read_modalities(case: Case):
         if voxels.ndim != 3:
             raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
         if image is None:
-            image, affine = np.empty((len(MODALITIES), *voxels.shape), np.int16), its_affine
+            # The files' own order, in which x runs fastest: turning it round would take as long as unpacking does.
+            image = np.empty((len(MODALITIES), *voxels.shape[::-1]), np.int16).transpose(0, 3, 2, 1)
+            affine = its_affine
         if not np.can_cast(voxels.dtype, image.dtype):
             image = image.astype(np.float32)
         _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
@@ -296,16 +308,18 @@ def _refuse_bad_voxels(voxels: np.ndarray, path):
 def to_training_labels(label: np.ndarray, scheme: str, path="the segmentation") -> np.ndarray:
     """Raw label values [...] of one scheme -> training labels uint8 [...]; an unknown value is refused."""
     mapping = LABEL_SCHEMES[scheme]
-    values = np.flatnonzero(np.bincount(label.ravel())) if label.size and label.min() >= 0 else np.unique(label)
-    unknown = [int(value) for value in values if value not in mapping]
-    if unknown:
-        fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
-        advice = f" If this data set uses another scheme, say --labels {' or '.join(fitting)}." if fitting else ""
-        raise InputError(f"{path}: label value {unknown[0]} is not one of {sorted(mapping)} ({scheme}).{advice}")
-    table = np.zeros(max(mapping) + 1, np.uint8)
+    training_label, known = np.zeros_like(label, np.uint8), 0
     for raw, training in mapping.items():
-        table[raw] = training
-    return table[label]
+        voxels = label == raw
+        known += np.count_nonzero(voxels)
+        training_label += voxels.view(np.uint8) * np.uint8(training)
+    if known == label.size:
+        return training_label
+    values = np.unique(label)
+    unknown = [int(value) for value in values if value not in mapping]
+    fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
+    advice = f" If this data set uses another scheme, say --labels {' or '.join(fitting)}." if fitting else ""
+    raise InputError(f"{path}: label value {unknown[0]} is not one of {sorted(mapping)} ({scheme}).{advice}")
 
 
 def to_raw_labels(label: np.ndarray, scheme: str) -> np.ndarray:

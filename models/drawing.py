@@ -76,7 +76,7 @@ class SlicePicture(AxesImage):
 
 
 class Line(Text):
-    """A line of text that stands centred on its position."""
+    """A line of text that is centred on its position, and stands on it or (`va="top"`) hangs from it."""
 
     def draw(self, renderer):
         if not self.get_text():
@@ -88,7 +88,8 @@ class Line(Text):
         letters = np.empty((image.height, image.width, 4), np.uint8)
         letters[:] = np.array(to_rgba(self.get_color())) * 255
         letters[..., 3] = image
-        renderer.draw_image(renderer.new_gc(), round(x - image.width / 2), round(y), letters[::-1])
+        bottom = y - image.height if self.get_va() == "top" else y
+        renderer.draw_image(renderer.new_gc(), round(x - image.width / 2), round(bottom), letters[::-1])
 
 
 @lru_cache

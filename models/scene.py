@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from models.brats import REGIONS
+from models.brats import LABELS, REGIONS
 from models.plots import intensity_window
 
 
@@ -26,10 +26,17 @@ class Scene:
     windows: list = field(default_factory=list)  # per modality, the intensities shown as black and white
 
     def __post_init__(self):
-        # A case turned to RAS is a view with negative strides; taking a slice of that would copy the whole case.
-        self.image = np.ascontiguousarray(self.image)
+        # Turned to RAS, a label map is a view with negative strides, in which counting takes several times as long.
         self.maps = {name: np.ascontiguousarray(label) for name, label in self.maps.items()}
         self.windows = self.windows or [intensity_window(volume) for volume in self.image]
+
+    def volumes_ml(self) -> dict:
+        """Map name -> label -> volume in ml."""
+        voxel_ml = float(np.prod(self.voxel_mm)) / 1e3
+        return {
+            name: {value: np.count_nonzero(label == value) * voxel_ml for value in LABELS}
+            for name, label in self.maps.items()
+        }
 
     @cached_property
     def ras_to_native(self) -> np.ndarray:

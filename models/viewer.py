@@ -92,12 +92,12 @@ class Viewer:
         sheet = figure.add_axes((0, 0, 1, 1), zorder=-1)  # the words belong to axes, or a saved file would lack them
         sheet.set_axis_off()
         # Two lines that meet at one height: they stay apart in a window of any size.
-        self.title = sheet.add_artist(Line(0.5, 0.97, "", color="white", ha="center", va="bottom", fontsize=12))
-        self.convention = sheet.text(0.5, 0.967, "", color="white", ha="center", va="top", fontsize=12)
-        self.legend_text = sheet.text(0.5, 0.053, "", color="white", ha="center", va="bottom", fontsize=10)
-        self.note = sheet.text(0.5, 0.05, "", color="white", ha="center", va="top", fontsize=10)
-        self.status = sheet.add_artist(
-            Line(0.5, 0.01, self.help, color="#aaaaaa", ha="center", va="bottom", fontsize=9)
+        self.title, self.convention, self.legend_text, self.note, self.status = (
+            sheet.add_artist(Line(0.5, y, "", ha="center", va=va, color=color, fontsize=size))
+            for y, va, color, size in (
+                (0.97, "bottom", "white", 12), (0.967, "top", "white", 12), (0.053, "bottom", "white", 10),
+                (0.05, "top", "white", 10), (0.01, "bottom", "#aaaaaa", 9),
+            )
         )
         self.font_scale = 1.0
         self.font_sizes = {text: text.get_fontsize() for text in figure.findobj(Text)}
@@ -153,6 +153,7 @@ class Viewer:
         self.scene = scene
         self.shown = "prediction" if "prediction" in scene.maps else next(iter(scene.maps), None)  # the one filled
         reference = scene.maps.get("truth", self.label)
+        self.volumes_ml = scene.volumes_ml()
         self.opening = {plane: self.most_tumour(plane, reference) for plane in EDGES}
         self.note.set_text(scene.timing)
         self.note.set_color("white")
@@ -217,8 +218,7 @@ class Viewer:
             legend.remove()
         self.legend_text.set_text("no segmentation")
         if self.label is not None:
-            voxel_ml = float(np.prod(self.scene.voxel_mm)) / 1e3
-            volumes = {value: np.count_nonzero(self.label == value) * voxel_ml for value in LABELS}
+            volumes = self.volumes_ml[self.shown]
             handles = [
                 Patch(color=LABEL_COLORS[value], label=f"{name}, {LABEL_NAMES[name]}: {volumes[value]:.1f} ml")
                 for value, name in LABELS.items()
@@ -228,8 +228,7 @@ class Viewer:
             parts = [f"{'filled' if self.outlined else 'segmentation'}: {self.shown}, whole tumour "
                      f"{sum(volumes.values()):.1f} ml"]
             if self.outlined:
-                other_ml = np.count_nonzero(self.scene.maps[self.outlined]) * voxel_ml
-                parts.append(f"outline: {self.outlined}, {other_ml:.1f} ml")
+                parts.append(f"outline: {self.outlined}, {sum(self.volumes_ml[self.outlined].values()):.1f} ml")
             self.legend_text.set_text("     ".join([*parts, self.scene.scores]))
         self.redraw_all()
 
@@ -277,7 +276,10 @@ class Viewer:
 
     def on_resize(self, event):
         """Let the words grow and shrink with the window."""
-        self.font_scale = min(max(min(self.figure.get_size_inches()) / SIDE_INCHES, 0.5), 1.5)
+        scale = min(max(min(self.figure.get_size_inches()) / SIDE_INCHES, 0.5), 1.5)
+        if scale == self.font_scale:  # a window that opens tells its size more than once
+            return
+        self.font_scale = scale
         for text, size in self.font_sizes.items():
             text.set_fontsize(size * self.font_scale)
         self.show_legend()
