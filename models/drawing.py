@@ -51,7 +51,7 @@ def add_outline(picture: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 class SlicePicture(AxesImage):
     """An image in axes whose y runs up, for a canvas of pixels. Intensities [rows, columns] are interpolated; colours
-    RGBA [rows, columns, 4] from 0 to 1 are not, because a label has edges."""
+    RGBA uint8 [rows, columns, 4] are not, because a label has edges."""
 
     def make_image(self, renderer, magnification=1.0, unsampled=False):
         """What `AxesImage.draw` draws: RGBA uint8, its first row at the bottom; its left and bottom in pixels."""
@@ -66,7 +66,7 @@ class SlicePicture(AxesImage):
         across, up = data.shape[1] / (x1 - x0), data.shape[0] / (y1 - y0)  # voxels per pixel
         box = ((left - x0) * across, (bottom - y0) * up, (right - x0) * across, (top - y0) * up)
         if data.ndim == 3:
-            picture = Image.fromarray((data * 255).astype(np.uint8))
+            picture = Image.fromarray(data)
             return np.array(picture.resize((right - left, top - bottom), Image.NEAREST, box)), left, bottom, None
         low, high = self.get_clim()
         grey = ((np.clip(data, low, high) - low) * np.float32(255 / (high - low))).astype(np.uint8)

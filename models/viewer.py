@@ -201,7 +201,7 @@ class Viewer:
         self.redraw("slices")
 
     def overlay_picture(self) -> np.ndarray | None:
-        """What is laid over the tumour box of this slice, RGBA [rows, columns, 4]; None where there is nothing."""
+        """What is laid over the tumour box of this slice, RGBA uint8 [rows, columns, 4]; None where there is nothing."""
         if self.label is None or not self.overlay_on:
             return None
         names = [self.shown, self.outlined] if self.outlined else [self.shown]
@@ -209,7 +209,8 @@ class Viewer:
         if not any(label.any() for label in labels):
             return None
         picture = label_overlay(labels[0], self.opacity)
-        return add_outline(picture, labels[1]) if self.outlined else picture
+        picture = add_outline(picture, labels[1]) if self.outlined else picture
+        return np.rint(picture * 255).astype(np.uint8)
 
     def show_legend(self):
         from matplotlib.patches import Patch

@@ -68,9 +68,9 @@ def test_what_is_drawn_changes_with_the_slice(viewer):
 
 def test_overlay_goes_on_and_off_and_changes_opacity(viewer):
     assert viewer.overlays[0].get_visible()
-    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.5)
+    assert viewer.overlays[0].get_array()[..., 3].max() == round(0.5 * 255)
     key(viewer, "]")
-    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.6)
+    assert viewer.overlays[0].get_array()[..., 3].max() == round(0.6 * 255)
     key(viewer, "o")
     assert not viewer.overlays[0].get_visible()
 
@@ -190,11 +190,11 @@ def test_the_truth_is_an_outline_over_the_filled_prediction(viewer):
     viewer.show_maps(viewer.scene)
     viewer.go_to(20)
     alpha = np.array(viewer.overlays[0].get_array())[..., 3]
-    assert (alpha == 0.5).sum() == 4 * (6 * 6 + 4 * 10)  # a voxel is 2 x 2 pixels
-    assert (alpha == 1).sum() == 20**2 - 18**2
+    assert (alpha == 128).sum() == 4 * (6 * 6 + 4 * 10)  # a voxel is 2 x 2 pixels
+    assert (alpha == 255).sum() == 20**2 - 18**2
     key(viewer, "c")
     alpha = np.array(viewer.overlays[0].get_array())[..., 3]
-    assert (alpha == 0.5).sum() == 6 * 6 + 4 * 10 and (alpha == 1).sum() == 0
+    assert (alpha == 128).sum() == 6 * 6 + 4 * 10 and (alpha == 255).sum() == 0
     assert "outline" not in viewer.legend_text.get_text()
 
 
