@@ -58,8 +58,8 @@ class SlicePicture(AxesImage):
         left, right, bottom, top = self.get_extent()
         (x0, y0), (x1, y1) = self.axes.transData.transform([(left, bottom), (right, top)])
         frame = self.axes.bbox
-        left, right = ceil(max(x0, frame.x0)), floor(min(x1, frame.x1))
-        bottom, top = ceil(max(y0, frame.y0)), floor(min(y1, frame.y1))
+        left, right = max(ceil(x0), round(frame.x0)), min(floor(x1), round(frame.x1))
+        bottom, top = max(ceil(y0), round(frame.y0)), min(floor(y1), round(frame.y1))
         if left >= right or bottom >= top:  # zoomed to where there is nothing
             return None, 0, 0, None
         data = np.asarray(self.get_array())[::-1]

@@ -1,4 +1,4 @@
-"""What the viewer shows of a case: its image, its label maps, and what is said about them."""
+"""What the viewer shows of a case: its image, its label maps, and what is written about them."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""The four-pane window of the viewer: state, drawing, and the answers to wheel, keys and cursor."""
+"""The four-pane window of the viewer: its state, its drawing, and how it responds to wheel, keys and cursor."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from models.plots import (
 )
 from models.scene import Scene
 
-KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t c: truth, prediction, outline   "
-            "n b: case   s: save   q")  # fmt: skip
-EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is at the left, right, top and bottom
+KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth/prediction   "
+            "c: outline   n b: case   s: save   q: quit")  # fmt: skip
+EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is on the left, right, top and bottom
 SIDE_INCHES = 11  # of the window, at 100 dots per inch
 MARGIN = 0.05  # around the head for the letters, as a share of its longer side
 
@@ -51,9 +51,9 @@ def new_figure(with_window: bool):
 
 
 class Viewer:
-    """Four linked panes. Keeps what is shown, and answers wheel, keys and cursor.
+    """Four linked panes. Keeps what is shown, and responds to wheel, keys and cursor.
 
-    What a turn of the wheel changes is drawn over a kept picture of the rest, several times as fast as all of it.
+    What a turn of the wheel changes is drawn over a stored picture of the rest: redrawing everything is far slower.
     """
 
     def __init__(self, figure, scene: Scene, plane: str = "axial", with_help: bool = True):
@@ -141,7 +141,7 @@ class Viewer:
     # ---- showing
 
     def show(self, scene: Scene):
-        """Show another case, where its tumour is largest."""
+        """Show another case, on the slice with the most tumour."""
         self.scene, self.indices = scene, {}  # indices: of the planes in which the user chose a slice
         self.status.set_text(self.help)
         for pane, window in zip(self.panes, scene.windows, strict=True):
@@ -201,7 +201,7 @@ class Viewer:
         self.redraw("slices")
 
     def overlay_picture(self) -> np.ndarray | None:
-        """What is laid over the tumour box of this slice, RGBA uint8 [rows, columns, 4]; None where there is nothing."""
+        """The overlay of this slice in the tumour box, RGBA uint8 [rows, columns, 4]; None where there is nothing."""
         if self.label is None or not self.overlay_on:
             return None
         names = [self.shown, self.outlined] if self.outlined else [self.shown]
@@ -246,7 +246,8 @@ class Viewer:
         self.figure.canvas.draw_idle()
 
     def redraw(self, layer: str):
-        """Draw one layer anew, once for all events that wait by then: a fast wheel must not lag behind the hand."""
+        """Draw one layer anew, once for all the events that have queued up: the picture must not lag behind a
+        fast wheel."""
         self.stale.add(layer)
         if self.soon:
             self.soon.start()
@@ -278,7 +279,7 @@ class Viewer:
     def on_resize(self, event):
         """Let the words grow and shrink with the window."""
         scale = min(max(min(self.figure.get_size_inches()) / SIDE_INCHES, 0.5), 1.5)
-        if scale == self.font_scale:  # a window that opens tells its size more than once
+        if scale == self.font_scale:  # a window that opens reports its size more than once
             return
         self.font_scale = scale
         for text, size in self.font_sizes.items():
@@ -289,7 +290,7 @@ class Viewer:
         if self.soon:
             self.soon.stop()
 
-    # ---- answers
+    # ---- responses
 
     def go_to(self, index: int):
         self.indices[self.plane] = min(max(index, 0), self.slice_count - 1)
@@ -297,7 +298,7 @@ class Viewer:
 
     def on_scroll(self, event):
         self.go_to(self.index + (1 if event.button == "up" else -1))
-        self.on_move(event)  # another slice has come below the cursor
+        self.on_move(event)  # another slice is under the cursor now
 
     def on_key(self, event):
         steps = {"up": 1, "down": -1, "right": 1, "left": -1, "pageup": 10, "pagedown": -10, "home": -(10**6),
@@ -346,7 +347,7 @@ class Viewer:
                  "sagittal": (self.index, column, up)}[self.plane]  # fmt: skip
         if not all(0 <= v < n for v, n in zip(voxel, shape, strict=True)):
             return self.help
-        where = f"voxel {voxel} of network space"
+        where = f"voxel {voxel} in network space"
         if self.scene.affine is not None:
             native = self.scene.ras_to_native @ (*voxel, 1)
             mm = self.scene.ras_affine @ (*voxel, 1)
