@@ -63,7 +63,8 @@ def main() -> int:
 
     from models.benchmark import add_ratios, in_own_process, make_row
     from models.brats import InputError, find_cases
-    from models.training import choose_device, write_csv
+    from models.device import choose_device
+    from models.training import write_csv
 
     args.device = choose_device(args.device).type
     args.size = args.size or [128 if args.device == "cuda" else 96]
@@ -181,10 +182,10 @@ def open_table(args) -> tuple[Path, list[dict], dict]:
     """The CSV of this device and torch, the rows of earlier runs in it, and what the rows of this run share."""
     import torch
 
-    from models.benchmark import device_name
+    from models.device import device_name
     from models.training import git_commit
 
-    device = device_name(args.device)
+    device = device_name(torch.device(args.device))
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{device}-torch{torch.__version__}".lower()).strip("-")
     path = args.out / f"inference-{slug}.csv"
     earlier = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []

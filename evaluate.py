@@ -41,12 +41,12 @@ def main() -> int:
     args = arguments()
     from models import load_model, training
     from models.brats import InputError, find_cases, write_atomically
+    from models.device import choose_device
     from models.metrics import compare, summarise
 
     if args.ensemble and len(args.runs) < 2:
         raise InputError("--ensemble: name two runs or more.")
-    device = training.choose_device(args.device)
-    dtype = training.amp_dtype(args.amp, device)
+    device = choose_device(args.device)
     loaded = {run: load_model(run, device) for run in args.runs}  # before any work: a wrong file must not cost an hour
     called = run_names(loaded)
     data, names = choose_cases(args)
@@ -64,7 +64,7 @@ def main() -> int:
     rows, maps, summary = [], {}, {"split": args.split, "cases": len(names), "tta": args.tta, "runs": {}}
     for name, members in contestants.items():
         models = [model for model, _ in members]
-        scored, maps[name], seconds = score_run(name, models, data, names, raw, args, device, dtype)
+        scored, maps[name], seconds = score_run(name, members, data, names, raw, args, device)
         rows += scored
         run = args.runs[called.index(name)] if name in called else None
         summary["runs"][name] = {
@@ -147,18 +147,20 @@ def costs(models: list, data: Path, case: str, run: Path | None) -> dict:
     }
 
 
-def score_run(run: str, models: list, data: Path, names, raw, args, device, dtype):
-    """Predict every case, by the mean of the models' probabilities. Returns rows for per_case.csv, case -> label map
-    uint8 [D, H, W], and seconds per case."""
+def score_run(run: str, members: list, data: Path, names, raw, args, device):
+    """Predict every case, by the mean of the probabilities of the members (network, checkpoint). Returns rows for
+    per_case.csv, case -> label map uint8 [D, H, W], and seconds per case."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
     from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
+    from models.device import inference_dtype
     from models.inference import predict
     from models.preprocessing import label_map, native_label_map, network_spacing_mm
 
+    dtypes = [inference_dtype(args.amp, checkpoint.get("amp", "off"), device) for _, checkpoint in members]
     rows, maps, seconds = [], {}, []
     for name in tqdm(names, desc=run, unit="case"):
         case = load_case(data / f"{name}.pt")
@@ -166,7 +168,8 @@ def score_run(run: str, models: list, data: Path, names, raw, args, device, dtyp
             raise InputError(f"{data / name}.pt: has no label, so it cannot be scored.")
         image = case["image"].to(device)
         start = time.perf_counter()
-        probabilities = sum(predict(model, image, dtype, args.tta) for model in models) / len(models)  # [4, D, H, W]
+        predicted = [predict(model, image, dtype, args.tta) for (model, _), dtype in zip(members, dtypes, strict=True)]
+        probabilities = sum(predicted) / len(predicted)  # [4, D, H, W]
         prediction = label_map(probabilities).cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)
         maps[name] = prediction.numpy()

@@ -44,6 +44,7 @@ def main() -> int:
     device = training.setup(args)
     settings = {"feature_size": args.feature_size, "window_size": args.window_size}
     model = build_model("swinunetr", **settings, attention=args.attention, checkpointing=args.checkpointing)
+    args.amp = training.choose_amp(model, args, size, device)
     run = training.open_run(model, args, split, size, device)
     minutes = training.fit(model, args, split, run, device)
     dice = training.test(model, args, split, run, device)

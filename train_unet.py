@@ -28,6 +28,7 @@ def main() -> int:
     size = training.check_cases(args.data, split, "unet")
     device = training.setup(args)
     model = build_model("unet")
+    args.amp = training.choose_amp(model, args, size, device)
     run = training.open_run(model, args, split, size, device)
     minutes = training.fit(model, args, split, run, device)
     dice = training.test(model, args, split, run, device)

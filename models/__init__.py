@@ -14,13 +14,14 @@ def build_model(name: str, **config):
     `config` overrides the network's DEFAULTS. The result carries `network` (its name) and `config` (complete).
     """
     from models.brats import InputError
+    from models.onednn import use_onednn
 
     network = _subpackage(name)
     unknown = sorted(set(config) - set(network.DEFAULTS))
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}. It has: {', '.join(network.DEFAULTS)}.")
     config = network.DEFAULTS | config
-    model = network.build(**config)
+    model = use_onednn(network.build(**config))
     model.network, model.config = name, config
     return model
 

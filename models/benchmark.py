@@ -7,8 +7,6 @@ The benchmark hands over a job (a dict) and gets a dict back: `status` is "ok", 
 import csv
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ import torch
 
 from models import build_model, load_model
 from models.brats import LABELS, InputError, find_cases
+from models.device import peak_memory_gib, reset_peak_memory
 from models.engines import Engine, load_engine, with_attention
 from models.inference import segment_case
 from models.speed import (
@@ -27,9 +26,7 @@ from models.speed import (
     floor_ms,
     latencies_ms,
     matrix_peak_tflops,
-    peak_memory_gib,
     profile,
-    reset_peak_memory,
     summary_of,
     unavoidable_values,
 )
@@ -211,15 +208,6 @@ def latest_rows(table: Path) -> list[dict]:
             row |= {key: float(row[key]) for key in ("volumes_per_s", "peak_gib")}
             latest[tuple(row[key] for key in ("model", "engine", "dtype", "batch", "size", "parameters"))] = row
     return list(latest.values())
-
-
-def device_name(device: str) -> str:
-    """The GPU, or the processor and how many threads torch has on it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    described = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", described.read_text()) if described.exists() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

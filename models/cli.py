@@ -76,7 +76,8 @@ def _number(text, kind, fits, wanted):
 def add_device_arguments(parser):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-                        help="half-precision arithmetic; auto: bf16, else fp16, on CUDA, and off on a CPU")
+                        help="half-precision arithmetic; auto: bf16, else fp16, on CUDA; on a CPU bf16 if it "
+                             "multiplies it and that is faster for training, else off")
 
 
 # ---- training flags ------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from models.brats import Case, read_case, to_raw_labels, write_label_nifti
+from models.device import synchronise
 from models.preprocessing import native_label_map, to_network
-from models.speed import synchronise
 
 MIRRORS = tuple(chain.from_iterable(combinations((2, 3, 4), count) for count in range(4)))  # the 8 sets of axes
 

@@ -35,16 +35,17 @@ class Run:
 
 def open_run(path: Path, device: str, amp: str) -> Run:
     """The network of a run (its folder, or a checkpoint in it), ready to segment."""
-    from models import load_model, training
+    from models import load_model
+    from models.device import choose_device, inference_dtype
 
-    device = training.choose_device(device)
-    amp_dtype = training.amp_dtype(amp, device)
-    model, _ = load_model(path, device)
+    device = choose_device(device)
+    model, checkpoint = load_model(path, device)
     folder = path if path.is_dir() else path.parent
     described = folder / "config.json"
     config = json.loads(described.read_text()) if described.is_file() else {}
     if missing := {"size", "spacing_mm"} - config.keys():
         raise InputError(f"{described}: lacks {' and '.join(sorted(missing))} of the cases it was trained on.")
+    amp_dtype = inference_dtype(amp, checkpoint.get("amp", "off"), device)
     return Run(folder.name, model, config["size"][0], config["spacing_mm"], device, amp_dtype)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.device import synchronise
+
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_REPEATS = 5
 WARMUP_S = 0.3
@@ -40,11 +42,6 @@ def float32_multiplication(tf32: bool):
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def synchronise(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def latencies_ms(
@@ -134,29 +131,6 @@ class Traffic(TorchDispatchMode):
 
 def floor_ms(macs: int, values: int, bytes_per_value: int, peak_tflops: float, bandwidth_gb_s: float) -> float:
     return 2 * macs / (1e9 * peak_tflops) + values * bytes_per_value / (1e6 * bandwidth_gb_s)
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-
-def reset_peak_memory(device: torch.device):
-    """Forget the peak so far, such as that of a compiler; on a CPU only Linux can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at once since the reset: allocated by tensors on CUDA, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if not status.exists():
-        from models.training import peak_memory_gib
-
-        return peak_memory_gib(device)
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
 
 
 # ---- where the time goes -------------------------------------------------------------------------------------------

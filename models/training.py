@@ -13,7 +13,9 @@ import random
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -25,22 +27,25 @@ from models import CHECKPOINT_FORMAT, RUNTIME_SETTINGS, cost, load_checkpoint, l
 from models.augment import augment
 from models.brats import LABELS, MODALITIES, TARGETS, InputError, write_atomically
 from models.dataset import Cases, batches, epoch_order, fits_in_memory, load_case, manifest_checksum, spacing_of_cases
+from models.device import (
+    AMP_DTYPES,
+    choose_device,
+    device_name,
+    native_dtypes,
+    peak_memory_gib,
+    rank,
+    resolve_amp,
+    world_size,
+)
 from models.inference import predict
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.plots import prediction_overlay, training_plots
 
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_TRIAL_SIDE = 64  # voxels; large enough to tell which number type is faster, small enough not to be waited for
+
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
-
-
-def choose_device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this computer has no CUDA device, or this torch was built without CUDA.")
-    return torch.device(wanted)
 
 
 def setup(args) -> torch.device:
@@ -57,56 +62,63 @@ def setup(args) -> torch.device:
     return device
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def choose_amp(model, args, size: list[int], device: torch.device) -> str:
+    """--amp without "auto". On a CPU that multiplies bf16, where small layers can lose more by conversions than they
+    gain, a few training steps in each type decide; a resumed run keeps what it began with."""
+    record = run_folder(model, args) / "config.json"
+    if args.amp == "auto" and args.resume and record.is_file():
+        return json.loads(record.read_text())["arguments"]["amp"]
+    if args.amp != "auto" or device.type == "cuda" or torch.bfloat16 not in native_dtypes(device):
+        return resolve_amp(args.amp, device)
+    decision = [None]
+    if rank() == 0:
+        seconds = measure_amp(model, args.batch_size, [min(side, AMP_TRIAL_SIDE) for side in size], device)
+        decision = [min(seconds, key=seconds.get)]
+        bf16_ms, float32_ms = 1e3 * seconds["bf16"], 1e3 * seconds["off"]
+        print(f"--amp auto: a step takes {bf16_ms:.0f} ms in bf16 and {float32_ms:.0f} ms in float32: {decision[0]}.")
+    if world_size() > 1:
+        dist.broadcast_object_list(decision)
+    return decision[0]
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """`auto`: bf16 where the hardware multiplies in it, else fp16 on CUDA, else off."""
-    if choice == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if choice == "fp16" and device.type != "cuda":
-        raise InputError("--amp fp16 needs a CUDA device; on a CPU use --amp bf16 or off.")
-    return AMP_DTYPES[choice]
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at once: allocated on a CUDA device, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def measure_amp(model, batch_size: int, size: list[int], device: torch.device) -> dict[str, float]:
+    """Median seconds of a forward and backward pass with --amp off and bf16, taken in turns after one of each that
+    does not count."""
+    model, criterion, seconds = deepcopy(model).to(device), make_loss(), {"off": [], "bf16": []}
+    image = torch.rand(batch_size, 4, *size, device=device)
+    label = torch.randint(len(LABELS) + 1, (batch_size, 1, *size), device=device)
+    for _ in range(4):
+        for choice, times in seconds.items():
+            start = time.perf_counter()
+            with torch.autocast(device.type, AMP_DTYPES[choice], enabled=choice != "off"):
+                logits = model(image)
+            criterion(logits.float(), label).backward()
+            times.append(time.perf_counter() - start)
+    return {choice: median(times[1:]) for choice, times in seconds.items()}
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
+def run_folder(model, args) -> Path:
+    return Path("models", model.network, "results", args.run_name)
+
+
 def open_run(model, args, split: dict[str, list[str]], size: list[int], device: torch.device) -> Path:
     """Refuse a run that is there already, tell what the training will cost, make the run folder and write its
     config.json. `size` is what `check_cases` returned."""
-    run = Path("models", model.network, "results", args.run_name)
+    run = run_folder(model, args)
     if args.resume and not (run / "last.pt").is_file():
         raise InputError(f"--resume: {run / 'last.pt'} does not exist. Start the run without --resume.")
     if not args.resume and (run / "last.pt").exists():
         raise InputError(f"{run} holds a run already. Choose another --run-name, or go on with --resume.")
-    costs = cost.of_training(model, (args.batch_size, 4, *size), amp_dtype(args.amp, device))
+    costs = cost.of_training(model, (args.batch_size, 4, *size), AMP_DTYPES[args.amp])
     config = {
         "network": model.network,
         "model": model.config,
         "size": size,
         "spacing_mm": spacing_of_cases(args.data),
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "amp": str(amp_dtype(args.amp, device)),
         "learning_rate": args.learning_rate,
         "processes": world_size(),
         "effective_batch_size": args.batch_size * args.accumulate * world_size(),
@@ -116,7 +128,7 @@ def open_run(model, args, split: dict[str, list[str]], size: list[int], device: 
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "device": device_name(device),
     }
     if rank() == 0:
         print(f"{model.network}: {costs['parameters'] / 1e6:.1f} million parameters; {costs['gmac']:.1f} GMAC = "
@@ -192,13 +204,13 @@ def make_loss():
 
 def fit(model, args, split: dict[str, list[str]], run: Path, device: torch.device) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes."""
-    dtype = amp_dtype(args.amp, device)
+    dtype = AMP_DTYPES[args.amp]
     kept = split["train"] + split["validation"]
     cached = args.cache == "ram" or (args.cache == "auto" and fits_in_memory(args.data, kept, world_size()))
     train_cases = Cases(args.data, split["train"], cached)
     validation_cases = Cases(args.data, split["validation"], cached)
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     history: list[dict] = []
     if args.resume:
@@ -310,7 +322,7 @@ def test(model, args, split: dict[str, list[str]], run: Path, device: torch.devi
     checkpoint = load_checkpoint(run / "best.pt")
     load_weights(model, checkpoint, run / "best.pt")
     cases = Cases(args.data, split["test"], cached=False)
-    losses, counts = validate(model, cases, args.workers, device, amp_dtype(args.amp, device))
+    losses, counts = validate(model, cases, args.workers, device, AMP_DTYPES[args.amp])
     scores = [dice_per_target(matrix) for matrix in counts]
     rows = [
         {"case": name, "loss": float(loss), **{f"dice_{target}": score[target] for target in TARGETS}}
@@ -321,7 +333,7 @@ def test(model, args, split: dict[str, list[str]], run: Path, device: torch.devi
         write_csv(run / "test_results.csv", [*rows, {"case": "mean", **mean}])
         median = sorted(range(len(rows)), key=lambda index: mean_label_dice(scores[index]))[len(rows) // 2]
         case = load_case(Path(args.data) / f"{split['test'][median]}.pt")
-        predicted = predict(model, case["image"].to(device), amp_dtype(args.amp, device)).argmax(0).cpu()
+        predicted = predict(model, case["image"].to(device), AMP_DTYPES[args.amp]).argmax(0).cpu()
         dice = ", ".join(f"{target} {scores[median][target]:.3f}" for target in TARGETS)
         title = f"{run.name} ({model.network}, epoch {checkpoint['epoch']}), test case {case['case']} (median): {dice}"
         prediction_overlay(
@@ -341,6 +353,7 @@ def write_epoch(run: Path, history: list[dict], model, optimizer, scaler, args):
         "network": model.network,
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()},
         "modalities": list(MODALITIES),
+        "amp": args.amp,
         "epoch": len(history),
         "dice_mean": history[-1]["dice_mean"],
         "model": model.state_dict(),

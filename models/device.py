@@ -1,0 +1,150 @@
+"""The machine that computes: its device, the number types that it multiplies fast, its processes, its memory."""
+
+import math
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from models.brats import InputError
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Instruction sets that multiply bfloat16, in the names of ONEDNN_MAX_CPU_ISA, which can forbid the newer ones.
+BF16_INSTRUCTIONS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for --device auto, cpu or cuda; InputError for cuda where there is none."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this computer has no CUDA device, or this torch was built without CUDA.")
+    return torch.device(wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor with its instruction set and how many threads torch uses on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", described.read_text()) if described.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name} ({instruction_set()}), {torch.get_num_threads()} threads"
+
+
+# ---- number types --------------------------------------------------------------------------------------------------
+
+
+def instruction_set() -> str:
+    """The widest vector instructions that torch uses on this processor, such as "AVX2" or "AVX512 with bf16"."""
+    return torch.backends.cpu.get_cpu_capability() + " with bf16" * _cpu_multiplies_bf16()
+
+
+def native_dtypes(device: torch.device) -> set[torch.dtype]:
+    """The types that the device multiplies in hardware. The others run too, but are emulated: on a processor with AVX2
+    alone a product in bf16 takes hundreds of times as long as in float32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
+        return {torch.float32, torch.float16} | ({torch.bfloat16} if has_bf16 else set())
+    return {torch.float32} | ({torch.bfloat16} if _cpu_multiplies_bf16() else set())
+
+
+def _cpu_multiplies_bf16() -> bool:
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    if not any(name in allowed for name in BF16_INSTRUCTIONS):
+        return False
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
+        return False  # ATEN_CPU_CAPABILITY can forbid instructions, too
+    if torch.cpu._is_avx512_supported():
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # ARM
+
+
+def resolve_amp(choice: str, device: torch.device) -> str:
+    """--amp without "auto": bf16 where a GPU multiplies in it, else fp16 on CUDA, and off on a CPU.
+
+    A type that the device only emulates is taken where it is asked for by name, with a warning that says what it costs.
+    """
+    if choice == "auto":
+        if device.type != "cuda":
+            return "off"
+        return "bf16" if torch.bfloat16 in native_dtypes(device) else "fp16"
+    if choice == "fp16" and device.type != "cuda":
+        raise InputError("--amp fp16 needs a CUDA device; on a CPU use --amp bf16 or off.")
+    dtype = AMP_DTYPES[choice]
+    if dtype is not None and dtype not in native_dtypes(device) and rank() == 0:
+        print(f"Warning: this device only emulates {choice}: a matrix product takes "
+              f"{emulation_factor(dtype, device):.0f} times as long as in float32. Use --amp off.", file=sys.stderr)
+    return choice
+
+
+def inference_dtype(choice: str, trained_in: str, device: torch.device) -> torch.dtype | None:
+    """The type of autocast in which a trained network predicts. `auto` on a CPU: the one that it was trained in
+    (`trained_in`, as --amp) where the processor multiplies it, else float32."""
+    if choice == "auto" and device.type != "cuda":
+        trained = AMP_DTYPES[trained_in]
+        return trained if trained in native_dtypes(device) else None
+    return AMP_DTYPES[resolve_amp(choice, device)]
+
+
+def emulation_factor(dtype: torch.dtype, device: torch.device) -> float:
+    """How many times longer a small matrix product takes in this type than in float32, measured in a few ms."""
+    seconds = {}
+    for kind in (torch.float32, dtype):
+        matrix = torch.ones(128, 128, device=device, dtype=kind)
+        matrix @ matrix  # libraries load at the first use
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(3):
+            matrix @ matrix
+        synchronise(device)
+        seconds[kind] = time.perf_counter() - start
+    return seconds[dtype] / seconds[torch.float32]
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# ---- waiting and memory --------------------------------------------------------------------------------------------
+
+
+def synchronise(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device):
+    """Forget the peak so far, such as that of a compiler; on a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at once since the start or the reset: allocated by tensors on CUDA, resident in this process on
+    a CPU (nan on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,130 @@
+"""Small float32 convolutions of batch 1 on a CPU, through oneDNN.
+
+torch sends a 3-D convolution of one volume with channels x depth x height up to 20,480 to a fallback that is up to
+forty times slower (`aten::slow_conv3d`), so a U-Net takes as long at 64^3 as at 96^3. A tensor in oneDNN's own format
+is always convolved by oneDNN, and the conversions there and back cost little. The results are the same within float32
+rounding. An exported network holds torch's operators: others have to run it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+SMALL = 20_480  # channels x depth x height up to which torch takes its fallback
+
+
+def use_onednn(model: nn.Module) -> nn.Module:
+    """The same network, its weights untouched: each plain 3-D convolution in it takes the fast way where torch would
+    take the slow one."""
+    for module in model.modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = Conv3d
+        elif type(module) is nn.ConvTranspose3d:
+            module.__class__ = ConvTranspose3d
+    return model
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d, with small volumes through oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_slow_in_torch(x, self):
+            return super().forward(x)
+        return convolution(x, self.weight, self.bias, self.stride, self.padding, False, self.output_padding)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """nn.ConvTranspose3d, with small volumes through oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_slow_in_torch(x, self):
+            return super().forward(x)
+        return convolution(x, self.weight, self.bias, self.stride, self.padding, True, self.output_padding)
+
+
+def _is_slow_in_torch(x: Tensor, module) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == module.weight.dtype == torch.float32
+        and x.ndim == 5
+        and x.shape[0] == 1
+        and x.shape[:4].numel() <= SMALL
+        and module.groups == 1
+        and module.dilation == (1, 1, 1)
+        and not isinstance(module.padding, str)
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+    )
+
+
+@torch.library.custom_op("brats::convolution", mutates_args=())
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    transposed: bool,
+    output_padding: list[int],
+) -> Tensor:
+    """A 3-D convolution of x [1, I, D, H, W], or a transposed one, by oneDNN: [1, O, D', H', W'] in the layout of x."""
+    result = torch.ops.aten.convolution(
+        x.to_mkldnn(), weight, bias, stride, padding, [1, 1, 1], transposed, output_padding, 1
+    )
+    return result.to_dense().contiguous(memory_format=_layout(x))
+
+
+@torch.library.custom_op("brats::convolution_gradients", mutates_args=())
+def _gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for x, weight and bias; empty tensors where they are not `wanted`."""
+    channels = weight.shape[1 if transposed else 0]
+    gradients = torch.ops.aten.convolution_backward(
+        gradient, x.to_mkldnn(), weight, [channels], stride, padding, [1, 1, 1], transposed, output_padding, 1, wanted
+    )
+    for_x, for_weight, for_bias = (
+        weight.new_empty(0) if one is None else one.to_dense() if one.is_mkldnn else one for one in gradients
+    )
+    return for_x.contiguous(memory_format=_layout(x)) if wanted[0] else for_x, for_weight.contiguous(), for_bias
+
+
+@convolution.register_fake
+def _(x, weight, bias, stride, padding, transposed, output_padding):
+    result = torch.ops.aten.convolution(x, weight, bias, stride, padding, [1, 1, 1], transposed, output_padding, 1)
+    return result.contiguous(memory_format=_layout(x))
+
+
+@_gradients.register_fake
+def _(gradient, x, weight, stride, padding, transposed, output_padding, wanted):
+    channels = weight.shape[1 if transposed else 0]
+    for_x = torch.empty_like(x, memory_format=_layout(x)) if wanted[0] else weight.new_empty(0)
+    for_weight = weight.new_empty(weight.shape if wanted[1] else 0)
+    return for_x, for_weight, weight.new_empty(channels if wanted[2] else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, *ctx.settings = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, gradient):
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    gradients = _gradients(gradient, *ctx.saved_tensors, *ctx.settings, wanted)
+    return *(one if want else None for one, want in zip(gradients, wanted, strict=True)), None, None, None, None
+
+
+convolution.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return torch.channels_last_3d if is_channels_last else torch.contiguous_format
