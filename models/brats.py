@@ -6,6 +6,7 @@ Three layouts are found without being told:
 * MSD Task01:      `imagesTr/<case>.nii.gz` (4-D), `labelsTr/<case>.nii.gz`, `dataset.json`
 """
 
+import gzip
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
@@ -90,7 +92,7 @@ class Case:
 @dataclass(frozen=True)
 class Volumes:
     """A case in memory, in native space: `image` [4, X, Y, Z] (int16 as BraTS stores it, else float32), `label` raw
-    values int16 [X, Y, Z] or None, `affine` float64 [4, 4] in mm."""
+    values uint8 or int16 [X, Y, Z] or None, `affine` float64 [4, 4] in mm."""
 
     image: np.ndarray
     label: np.ndarray | None
@@ -117,6 +119,18 @@ def spacing_of(affine) -> list[float]:
     """Voxel size in mm along the RAS axes."""
     sizes = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
     return [float(sizes[axis]) for axis in native_axes(affine)]
+
+
+def occupied_box(volume: np.ndarray) -> list[tuple[int, int]]:
+    """[low, high) along every axis of the voxels of [...] that are not zero; (0, 0) where all are."""
+    # Bits or-ed along the other axes: no mask of the whole grid is made, and negative voxels count.
+    bits = volume if volume.dtype.kind in "iu" else volume != 0
+    box = []
+    for axis in range(volume.ndim):
+        line = np.bitwise_or.reduce(bits, axis=tuple(other for other in range(volume.ndim) if other != axis))
+        occupied = np.flatnonzero(line)
+        box.append((int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0))
+    return box
 
 
 # ---- finding cases -------------------------------------------------------------------------------------------------
@@ -196,33 +210,45 @@ def _find_msd(root: Path) -> list[Case]:
 # ---- reading and writing -------------------------------------------------------------------------------------------
 
 
-def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels in their stored (or scaled) type and the affine [4, 4] in mm of one NIfTI file."""
+def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels in their stored (or scaled) type and the affine [4, 4] in mm of one NIfTI file.
+
+    The voxels are `into`, an array laid out as in a file, where that has their shape and stored type: large arrays cost
+    the system as much time to hand out as the processor to fill.
+    """
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}.") from None
-    try:
-        # igzip checks the CRC: a truncated or altered file cannot pass.
-        data = igzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        image = nibabel.Nifti1Image.from_bytes(data)
-        voxels = np.asanyarray(image.dataobj)
-    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+        with path.open("rb") as file:
+            # igzip checks the CRC: a truncated or altered file cannot pass.
+            stream = igzip.IGzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            header = nibabel.Nifti1Header.from_fileobj(stream)
+            stream.seek(header.get_data_offset())
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            fits = into is not None and (into.shape, into.dtype) == (shape, dtype)
+            voxels = into if fits else np.empty(shape, dtype, order="F")
+            if stream.readinto(voxels.ravel("K").view(np.uint8)) < voxels.nbytes:
+                raise EOFError("the voxels end too early")
+            while stream.read(2**20):  # to the end of the stream, where the CRC is
+                pass
+    except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged ({_one_line(error)}). Download or copy it again.") from None
     except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}).") from None
-    if abs(np.linalg.det(image.affine[:3, :3])) < 1e-6 or not np.isfinite(image.affine).all():
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+    affine = header.get_best_affine()
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 or not np.isfinite(affine).all():
         raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
-    return voxels, image.affine
+    slope, intercept = header.get_slope_inter()
+    return apply_read_scaling(voxels, slope, intercept), affine
 
 
 def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Raw label values int16 [X, Y, Z] and the affine of a segmentation. Scaled files hold values such as 1.0000153:
-    what is within 1e-3 of a whole number is rounded, anything else is refused."""
+    """Raw label values, uint8 or int16 [X, Y, Z], and the affine of a segmentation. Scaled files hold values such as
+    1.0000153: what is within 1e-3 of a whole number is rounded, anything else is refused."""
     voxels, affine = read_nifti(path)
-    if np.can_cast(voxels.dtype, np.int16):
-        return voxels.astype(np.int16), affine
+    if voxels.dtype in (np.uint8, np.int16):
+        return voxels, affine
     with np.errstate(invalid="ignore"):  # NaN, and numbers that int16 cannot hold, differ from what they become
         label = np.rint(voxels).astype(np.int16)
     if not (np.abs(label - voxels) <= 1e-3).all():
@@ -251,18 +277,17 @@ def _read_modalities(case: Case):
     image, affine = None, None
     for channel, modality in enumerate(MODALITIES):
         path = case.files[modality][0]
-        voxels, its_affine = read_nifti(path)
+        voxels, its_affine = read_nifti(path, None if image is None else image[channel])
         if voxels.ndim != 3:
             raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z].")
         if image is None:
-            # The files' own order, in which x runs fastest: turning it round would take as long as unpacking does.
-            image = np.empty((len(MODALITIES), *voxels.shape[::-1]), np.int16).transpose(0, 3, 2, 1)
-            affine = its_affine
+            image, affine = _empty_image(voxels.shape, np.int16), its_affine
         if not np.can_cast(voxels.dtype, image.dtype):
             image = image.astype(np.float32)
         _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
         _refuse_bad_voxels(voxels, path)
-        image[channel] = voxels
+        if not np.shares_memory(image, voxels):
+            image[channel] = voxels
     return image, affine, reference
 
 
@@ -272,11 +297,16 @@ def _read_4d(case: Case):
     if voxels.ndim != 4 or voxels.shape[3] != len(MODALITIES):
         raise InputError(f"{path}: shape {voxels.shape}, expected [X, Y, Z, {len(MODALITIES)}].")
     dtype = np.int16 if np.can_cast(voxels.dtype, np.int16) else np.float32
-    # [X, Y, Z, 4] -> [4, X, Y, Z], from the file's channel order to ours
-    image = np.stack([voxels[..., case.channels.index(modality)] for modality in MODALITIES]).astype(dtype, copy=False)
+    image = _empty_image(voxels.shape[:3], dtype)
     for channel, modality in enumerate(MODALITIES):
+        image[channel] = voxels[..., case.channels.index(modality)]
         _refuse_bad_voxels(image[channel], f"{path} ({modality})")
     return image, affine, path
+
+
+def _empty_image(shape, dtype) -> np.ndarray:
+    """[4, X, Y, Z] with each modality laid out as in a NIfTI file, X the fastest: to fill it is a plain copy."""
+    return np.empty((len(MODALITIES), *shape[::-1]), dtype).transpose(0, 3, 2, 1)
 
 
 def _refuse_missing_or_double(case: Case):
@@ -308,18 +338,20 @@ def _refuse_bad_voxels(voxels: np.ndarray, path):
 def to_training_labels(label: np.ndarray, scheme: str, path="the segmentation") -> np.ndarray:
     """Raw label values [...] of one scheme -> training labels uint8 [...]; an unknown value is refused."""
     mapping = LABEL_SCHEMES[scheme]
-    training_label, known = np.zeros_like(label, np.uint8), 0
-    for raw, training in mapping.items():
-        voxels = label == raw
-        known += np.count_nonzero(voxels)
-        training_label += voxels.view(np.uint8) * np.uint8(training)
-    if known == label.size:
-        return training_label
-    values = np.unique(label)
+    tumour = tuple(slice(low, high) for low, high in occupied_box(label))  # a fortieth of a head, all else is 0
+    inside = label[tumour]
+    values = np.unique(inside) if inside.size and inside.min() < 0 else np.flatnonzero(np.bincount(inside.ravel()))
     unknown = [int(value) for value in values if value not in mapping]
-    fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
-    advice = f" If this data set uses another scheme, say --labels {' or '.join(fitting)}." if fitting else ""
-    raise InputError(f"{path}: label value {unknown[0]} is not one of {sorted(mapping)} ({scheme}).{advice}")
+    if unknown:
+        fitting = [name for name, other in LABEL_SCHEMES.items() if set(values.tolist()) <= set(other)]
+        advice = f" If this data set uses another scheme, say --labels {' or '.join(fitting)}." if fitting else ""
+        raise InputError(f"{path}: label value {unknown[0]} is not one of {sorted(mapping)} ({scheme}).{advice}")
+    table = np.zeros(max(mapping) + 1, np.uint8)
+    for raw, training in mapping.items():
+        table[raw] = training
+    result = np.zeros_like(label, np.uint8)
+    result[tumour] = table[inside]
+    return result
 
 
 def to_raw_labels(label: np.ndarray, scheme: str) -> np.ndarray:

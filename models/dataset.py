@@ -4,8 +4,8 @@ A `.pt` file is a dict that `torch.load(path, weights_only=True)` reads; README.
 """
 
 import hashlib
-import io
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from models.brats import MODALITIES, InputError, write_atomically
+from models.brats import MODALITIES, InputError
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
 
@@ -28,10 +28,15 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
         stored["image"] = case["image"].half()
         if "label" in case:
             stored["label"] = case["label"].to(torch.uint8)
-    buffer = io.BytesIO()
-    torch.save(stored, buffer)
-    write_atomically(path, buffer.getbuffer())
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(stored, temporary)
+        with temporary.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return checksum
 
 
 def load_case(path: str | Path, as_stored: bool = False) -> dict:

@@ -9,10 +9,10 @@ from conftest import LPS, make_head
 from models.brats import TARGETS, InputError, find_cases, read_case, to_training_labels
 from models.preprocessing import (
     foreground_box,
+    intensity_window,
     label_map,
     native_label_map,
     network_spacing_mm,
-    normalise,
     spacing_of,
     to_native,
     to_network,
@@ -58,13 +58,20 @@ def test_with_the_crop_alone_a_label_map_comes_back_exactly(codes):
     assert np.array_equal(back.numpy(), label)
 
 
-def test_the_right_spacing_costs_no_copy_and_no_change():
+def scaled(volume: np.ndarray) -> np.ndarray:
+    """One modality to 0-1 between the percentiles of its non-zero voxels, as the README says it."""
+    low, high = np.percentile(volume[volume != 0], (0.5, 99.5))
+    return np.clip((volume - low) / (high - low), 0, 1) * (volume != 0)
+
+
+def test_the_right_spacing_is_not_resampled():
     image, label = head()
     result = to_network(image, label, np.eye(4), size=None)
-    box = tuple(slice(low, high) for low, high in foreground_box(image))
+    occupied = np.argwhere((image != 0).any(0))
+    box = tuple(slice(low, high + 1) for low, high in zip(occupied.min(0), occupied.max(0), strict=True))
     assert torch.equal(result["label"][0], torch.from_numpy(label[box]).long())
-    expected, _ = normalise(image[(slice(None), *box)])
-    assert np.array_equal(result["image"].numpy(), expected)
+    expected = np.stack([scaled(volume)[box] for volume in image])
+    assert np.allclose(result["image"].numpy(), expected, atol=1e-6)
 
 
 def test_resizing_is_torch_interpolate_about_voxel_edges():
@@ -129,18 +136,76 @@ def test_probabilities_come_back_linearly_and_zero_outside_the_crop():
     assert dice(native.argmax(0).numpy() > 0, label > 0) > 0.97
 
 
-def test_intensities_go_to_0_1_between_the_percentiles_of_the_foreground():
+def raw_intensities():
     image, _ = head()
     image[1, 20, 20, 20] = 15000  # a vessel
     image[2, 3, 3, 3] = -7  # after skull stripping
-    scaled, normalization = normalise(image)
-    for channel, modality in enumerate(("t1", "t1ce", "t2", "flair")):
-        foreground = image[channel] != 0
-        low, high = np.percentile(image[channel][foreground], (0.5, 99.5))
-        assert normalization[modality] == pytest.approx([low, high])
-        expected = np.clip((image[channel] - low) / (high - low), 0, 1)
-        assert np.allclose(scaled[channel][foreground], expected[foreground], atol=1e-5)
-        assert not scaled[channel][~foreground].any()
+    return image
+
+
+def test_intensities_go_to_0_1_between_the_percentiles_of_the_foreground():
+    image = raw_intensities()
+    result = to_network(image, None, np.eye(4), size=None)
+    (x0, x1), (y0, y1), (z0, z1) = result["geometry"]["crop_box"]
+    for channel, volume in enumerate(image):
+        assert np.allclose(result["image"][channel], scaled(volume)[x0:x1, y0:y1, z0:z1], atol=1e-5)
+
+
+def test_background_stays_0_where_the_window_reaches_below_it():
+    image = np.random.default_rng(0).normal(0, 1, (4, 12, 12, 12)).astype(np.float32)
+    image[:, 3:6, 3:6, 3:6] = 0
+    result = to_network(image, None, np.eye(4), size=None)["image"].numpy()
+    assert not result[:, 3:6, 3:6, 3:6].any()
+    assert np.allclose(result, np.stack([scaled(volume) for volume in image]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_the_window_of_intensities_is_that_of_numpy_percentile(dtype):
+    rng = np.random.default_rng(0)
+    for volume in (*raw_intensities(), rng.integers(-32768, 32768, (9, 9, 9)), rng.integers(0, 2, (3, 3, 3))):
+        voxels = volume.astype(dtype)
+        expected = np.percentile(voxels[voxels != 0], (0.5, 99.5))
+        assert intensity_window(torch.from_numpy(voxels)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_the_layout_in_memory_and_the_type_change_nothing(codes, order, dtype):
+    image, label = head()
+    expected = to_network(image, label, affine_of(codes), size=24)
+    stored = np.stack([volume.T if order == "F" else volume for volume in image]).astype(dtype)
+    stored = stored.transpose(0, 3, 2, 1) if order == "F" else stored
+    result = to_network(stored, np.asarray(label, order=order), affine_of(codes), size=24)
+    assert torch.allclose(result["image"], expected["image"], atol=1e-6)
+    assert torch.equal(result["label"], expected["label"]) and result["image"].is_contiguous()
+
+
+@pytest.mark.parametrize("spacing", [1.002, 0.9, 1.1, 2.0])
+def test_another_spacing_in_the_header_leaves_the_intensities_of_the_brain(spacing):
+    """Percentiles come from native voxels, and no voxel mixes brain with background."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (44, 48, 40)), indexing="ij"))  # [3, X, Y, Z]
+    brain = (((grid - np.array([22, 24, 20])[:, None, None, None]) / 17) ** 2).sum(0) < 1
+    image = ((400 + 30 * np.concatenate([grid, grid[:1]])) * brain).astype(np.int16)  # a gradient along each axis
+    image[:, 20, 24, 20] = rng.integers(2000, 9000, 4)  # a vessel
+    expected = to_network(image, None, np.eye(4), size=None)
+    result = to_network(image, None, np.diag([spacing] * 3 + [1.0]), size=None)
+    assert result["normalization"] == expected["normalization"]
+    for modality in range(4):
+        inside, before = (r["image"][modality][r["image"][modality] > 0] for r in (result, expected))
+        for share in (0.1, 0.5, 0.9):
+            assert float(inside.quantile(share)) == pytest.approx(float(before.quantile(share)), abs=0.04), share
+        assert float(inside.mean()) == pytest.approx(float(before.mean()), rel=0.01)
+
+
+def test_beside_the_background_only_foreground_is_interpolated():
+    """A head of one intensity but for a gradient along z keeps its rim at full intensity at any spacing."""
+    image = np.zeros((4, 30, 30, 30), np.int16)
+    image[:, 8:22, 8:22, 4:26] = 1000 + 10 * np.arange(22)
+    result = to_network(image, None, np.diag([1.3, 1.3, 1.0, 1.0]), size=None)["image"][0]  # [18, 18, 22]
+    profile = scaled(image[0].astype(float))[15, 15, 4:26]
+    assert np.allclose(result.numpy(), profile, atol=1e-5)
 
 
 def test_the_foreground_holds_negative_voxels_too():
