@@ -6,26 +6,27 @@ A case that is done with the same settings is skipped, so an interrupted run goe
 
   python preprocess_brats.py data/BraTS2021_Training_Data data/preprocessed_tensors
   python preprocess_brats.py RAW OUT --compact --workers 8    (19 MB a case instead of 50)
+  python preprocess_brats.py RAW OUT --shard 0/4              (a quarter of the cases; the others elsewhere)
   python preprocess_brats.py RAW OUT --limit 8 --size 64      (a first look, in a minute on any computer)
 """
 
-import csv
-import io
-import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 from models import cli
 
-VERSION = 1  # of the preprocessing itself: raise it when the same settings would give other tensors
+VERSION = 2  # of the preprocessing itself: raise it when the same settings would give other tensors
 MANIFEST_EVERY_S = 2.0  # between two writings of the manifest: what a killed run has to do again
+MANIFEST_SHARE = 0.02  # of the time, at most, goes into writing it: the larger it is, the less often
 
 
 def arguments():
@@ -38,33 +39,68 @@ def arguments():
     parser.add_argument("--spacing", type=cli.positive_float, default=1.0, help="voxel size in mm before the crop")
     parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
                         help="what the raw label values mean, where the file names do not tell")
-    parser.add_argument("--workers", type=cli.positive_int, default=os.cpu_count(),
-                        help="processes; each takes less than 1 GiB of memory")
+    parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
+                        help="processes; each takes less than 0.6 GiB of memory")
     parser.add_argument("--compact", action="store_true", help="store float16 and uint8: 19 MB a case instead of 50")
     parser.add_argument("--limit", type=cli.positive_int, help="take only the first N cases")
+    parser.add_argument("--shard", metavar="I/N", help="do only every N-th case from the I-th on, counted from 0; the "
+                        "last shard to finish merges them (default: RANK and WORLD_SIZE of torchrun)")
     parser.add_argument("--seed", type=cli.natural, default=0, help="of the split into train, validation and test")
     parser.add_argument("--folds", type=cli.positive_int, default=5, help="cross-validation folds")
     return parser.parse_args()
 
 
+def usable_cpus() -> int:
+    """Those that this process may use, shared with the processes that torchrun started beside it."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def main() -> int:
     args = arguments()
     from models.brats import InputError, find_cases
+    from models.manifest import finish, manifest_path, merge_shards, open_manifest, write_manifest
 
-    cases = find_cases(args.raw)[: args.limit]
-    schemes = describe(cases, args.raw, args.labels)
+    shard = choose_shard(args.shard)
+    found = find_cases(args.raw)[: args.limit]
+    schemes = describe(found, args.raw, args.labels)
     settings = {"version": VERSION, "size": args.size, "spacing_mm": args.spacing, "compact": args.compact}
+    run = {"settings": settings, "cases": len(found), "labels": schemes, "seed": args.seed, "folds": args.folds}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.out}: cannot be made ({error.strerror}). Choose another OUT.") from None
-    manifest = read_manifest(args.out, settings)
-    todo = [case for case in cases if not is_done(case, schemes[case.layout], manifest, args.out)]
+    cases = found[shard[0] :: shard[1]] if shard else found
+    manifest = open_manifest(args.out, run, [case.name for case in cases], shard)
+    todo = [case for case in cases if not is_done(case, schemes[case.layout], manifest)]
     refuse_full_disk(args, len(todo))
-    print(f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {args.workers} workers.")
-    failures = process(todo, schemes, settings, manifest, args) if todo else {}
-    write_results(manifest, failures, cases, args)
-    return 1 if failures else 0
+    print((f"Shard {shard[0]} of {shard[1]}: " if shard else "")
+          + f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {args.workers} workers.")
+    failures = process(todo, schemes, settings, manifest, manifest_path(args.out, shard), args) if todo else {}
+    for name, reason in sorted(failures.items()):
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    if shard:
+        write_manifest(manifest_path(args.out, shard), manifest | {"failures": failures})
+        merged = merge_shards(args.out, run, shard[1])
+        if isinstance(merged, list):
+            print(f"Shard {shard[0]} of {shard[1]} is done and waits for nothing: not yet done are "
+                  f"{', '.join(map(str, merged))}. The last to finish writes manifest.json and splits.json.")
+            return 0
+        manifest, failures = merged
+    splits = finish(args.out, manifest, failures, args.seed, args.folds)
+    report(manifest, failures, splits, found, args.out)
+    return 3 if failures else 0
+
+
+def choose_shard(text: str | None) -> tuple[int, int] | None:
+    """(index, count) of --shard or of torchrun's environment; None where one process does everything."""
+    from models.brats import InputError
+
+    text = text or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4.")
+    return (int(index), int(count)) if int(count) > 1 else None
 
 
 def describe(cases, raw: Path, override: str | None) -> dict[str, str]:
@@ -90,7 +126,13 @@ def start_worker():
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the workers share the cores among themselves
+
+
+def end_with_parent():
+    parent_process().join()  # where it was killed, nobody else ends this one
+    os._exit(1)
 
 
 def process_case(case, scheme: str, out: Path, settings: dict) -> dict:
@@ -120,32 +162,38 @@ def source_sizes(case) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in case.source_files}
 
 
-def is_done(case, scheme: str, manifest: dict, out: Path) -> bool:
+def is_done(case, scheme: str, manifest: dict) -> bool:
     entry = manifest["cases"].get(case.name)
-    if entry is None or entry["label_scheme"] != scheme or entry["sources"] != source_sizes(case):
-        return False
-    path = out / f"{case.name}.pt"
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+    return entry is not None and entry["label_scheme"] == scheme and entry["sources"] == source_sizes(case)
 
 
 # ---- all cases -----------------------------------------------------------------------------------------------------
 
 
-def process(todo, schemes: dict, settings: dict, manifest: dict, args) -> dict[str, str]:
+def process(todo, schemes: dict, settings: dict, manifest: dict, manifest_file: Path, args) -> dict[str, str]:
     """Process the cases in parallel, filling the manifest; returns case -> reason for those that failed."""
     from tqdm import tqdm
 
     from models.brats import InputError
+    from models.manifest import write_manifest
 
-    failures, written = {}, time.monotonic()
+    workers = min(args.workers, len(todo))
+    failures, running, waiting, next_writing = {}, {}, iter(todo), time.monotonic() + MANIFEST_EVERY_S
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and torchrun stop a process with it
     # "spawn" starts clean interpreters on every platform; a fork would copy the locks of numerical libraries
-    with ProcessPoolExecutor(min(args.workers, len(todo)), get_context("spawn"), start_worker) as pool:
-        running = {pool.submit(process_case, case, schemes[case.layout], args.out, settings): case for case in todo}
-        try:
-            for future in tqdm(as_completed(running), total=len(todo), unit="case"):
-                case = running[future]
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+    progress = tqdm(total=len(todo), unit="case")
+    try:
+        while True:
+            # A few ahead of the workers, not all: a future holds its case and its result as long as it lives.
+            for case in islice(waiting, 2 * workers - len(running)):
+                running[submit(pool, case, schemes[case.layout], args.out, settings)] = case.name
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
                 try:
-                    manifest["cases"][case.name] = future.result()
+                    manifest["cases"][name] = future.result()
                 except BrokenProcessPool:
                     raise InputError(
                         "a worker was killed, most likely for lack of memory. Lower --workers and run the same "
@@ -153,46 +201,46 @@ def process(todo, schemes: dict, settings: dict, manifest: dict, args) -> dict[s
                     ) from None
                 except Exception as error:  # one bad case must not cost the other thousand
                     text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-                    failures[case.name] = " ".join(text.split())
-                    manifest["cases"].pop(case.name, None)
-                    (args.out / f"{case.name}.pt").unlink(missing_ok=True)  # of an earlier run with other settings
-                if time.monotonic() - written > MANIFEST_EVERY_S:
-                    write_manifest(args.out, manifest)
-                    written = time.monotonic()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            write_manifest(args.out, manifest)
+                    failures[name] = " ".join(text.split())
+                    manifest["cases"].pop(name, None)
+                    (args.out / f"{name}.pt").unlink(missing_ok=True)  # of an earlier run with other settings
+                progress.update()
+            if (start := time.monotonic()) > next_writing:
+                write_manifest(manifest_file, manifest)
+                end = time.monotonic()
+                next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
+    except BaseException:
+        stop(pool, args.out)
+        raise
+    finally:
+        progress.close()
+        write_manifest(manifest_file, manifest)
+    pool.shutdown()
     return failures
 
 
-def read_manifest(out: Path, settings: dict) -> dict:
-    """The manifest of an earlier run with the same settings, or an empty one."""
-    path = out / "manifest.json"
-    empty = {"settings": settings, "versions": versions(), "cases": {}}
-    if not path.is_file():
-        return empty
+def submit(pool, *arguments):
+    """A worker that starts here is deaf to Ctrl-C from its first moment, not only once it has imported everything."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(process_case, *arguments)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["settings"] != settings:
-            return empty
-        kept = {name: entry for name, entry in manifest["cases"].items() if (out / f"{name}.pt").is_file()}
-        return {**manifest, "cases": kept}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        print(f"{path} cannot be read: every case is made again.", file=sys.stderr)
-        return empty
+        return pool.submit(process_case, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def write_manifest(out: Path, manifest: dict):
-    from models.brats import write_atomically
-
-    manifest["cases"] = dict(sorted(manifest["cases"].items()))
-    write_atomically(out / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "numpy", "nibabel")}
+def stop(pool, out: Path):
+    """End the workers where they are, and remove what they were writing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough, and a second must not end this half-way
+    workers = active_children()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+        for temporary in out.glob(f".*.{worker.pid}.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 def refuse_full_disk(args, count: int):
@@ -205,32 +253,13 @@ def refuse_full_disk(args, count: int):
                          "Try --compact, or another disk.")
 
 
-def write_results(manifest: dict, failures: dict[str, str], cases, args):
-    """splits.json, failures.csv, and the closing lines."""
-    from models.brats import InputError, write_atomically
-    from models.dataset import make_splits
-
-    failures_csv = args.out / "failures.csv"
-    failures_csv.unlink(missing_ok=True)
-    if failures:
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([("case", "reason"), *sorted(failures.items())])
-        write_atomically(failures_csv, table.getvalue())
-        for case, reason in sorted(failures.items()):
-            print(f"failed: {case}: {reason}", file=sys.stderr)
+def report(manifest: dict, failures: dict[str, str], splits: dict | None, cases, out: Path):
     written = [manifest["cases"][case.name] for case in cases if case.name in manifest["cases"]]
-    print(f"{len(written)} cases in {args.out} ({sum(entry['bytes'] for entry in written) / 1e9:.2f} GB), "
-          f"{len(failures)} failed" + (f": see {failures_csv}" if failures else "."))
-    patients = {name: entry["patient"] for name, entry in manifest["cases"].items() if entry["labelled"]}
-    try:
-        splits = make_splits(patients, args.seed, args.folds)
-    except InputError as error:
-        (args.out / "splits.json").unlink(missing_ok=True)
-        print(f"No splits.json: {error}")
-        return
-    write_atomically(args.out / "splits.json", json.dumps(splits, indent=1))
-    print(f"Split by patient: {len(splits['train'])} train, {len(splits['validation'])} validation, "
-          f"{len(splits['test'])} test cases, {len(splits['folds'])} folds: {args.out / 'splits.json'}")
+    print(f"{len(written)} cases in {out} ({sum(entry['bytes'] for entry in written) / 1e9:.2f} GB), "
+          f"{len(failures)} failed" + (f": see {out / 'failures.csv'}" if failures else "."))
+    if splits:
+        print(f"Split by patient: {len(splits['train'])} train, {len(splits['validation'])} validation, "
+              f"{len(splits['test'])} test cases, {len(splits['folds'])} folds: {out / 'splits.json'}")
 
 
 if __name__ == "__main__":

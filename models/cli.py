@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 def run(main):
-    """Call `main()` and turn what it returns or raises into an exit status: 0 done, 1 done but some cases failed,
-    2 unusable command or input (one line, no traceback unless --debug), 130 interrupted."""
+    """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable
+    command or input (one line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of
+    ours is not caught (traceback, 1)."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:

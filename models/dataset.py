@@ -30,8 +30,9 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
             stored["label"] = case["label"].to(torch.uint8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(stored, temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("w+b") as file:  # given a path, torch would write the temporary name into the file
+            torch.save(stored, file)
+            file.seek(0)
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(temporary, path)
     finally:
@@ -67,40 +68,6 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
 
 
 # ---- splits --------------------------------------------------------------------------------------------------------
-
-
-def make_splits(patients: dict[str, str], seed: int, folds: int) -> dict:
-    """80 / 10 / 10 % of the patients, and cross-validation folds over train + validation.
-
-    Args:
-        patients: case name -> patient; two visits of a patient never cross a split.
-
-    Raises InputError below three patients.
-    """
-    cases_of: dict[str, list[str]] = {}
-    for case, patient in sorted(patients.items()):
-        cases_of.setdefault(patient, []).append(case)
-    order = sorted(cases_of)
-    if len(order) < 3:
-        raise InputError(f"too few cases to split: {len(order)} labelled patients, at least 3 are needed.")
-    random.Random(seed).shuffle(order)
-    held_out = max(1, round(0.1 * len(order)))
-
-    def cases(of_patients):
-        return sorted(case for patient in of_patients for case in cases_of[patient])
-
-    test, validation, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
-    rest = validation + train
-    parts = [rest[k :: min(folds, len(rest))] for k in range(min(folds, len(rest)))]
-    return {
-        "seed": seed,
-        "train": cases(train),
-        "validation": cases(validation),
-        "test": cases(test),
-        "folds": [
-            {"train": cases(p for p in rest if p not in part), "validation": cases(part)} for part in map(set, parts)
-        ],
-    }
 
 
 def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]]:

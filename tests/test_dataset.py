@@ -8,7 +8,8 @@ import torch
 from conftest import run_script, write_raw_case
 
 from models.brats import InputError
-from models.dataset import Cases, batches, epoch_order, load_case, make_splits, read_split
+from models.dataset import Cases, batches, epoch_order, load_case, read_split
+from models.manifest import make_splits
 
 
 def test_a_preprocessed_case_keeps_the_contract(tensors):

@@ -117,7 +117,7 @@ def test_bad_cases_are_named_in_failures_csv_and_the_others_go_on(tmp_path):
     seg = tmp_path / "raw/C4/C4_seg.nii.gz"
     image = nibabel.load(seg)
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) * 0 + 7, image.affine), seg)
-    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path, status=1)
+    result = run_script("preprocess_brats.py", "raw", "out", "--size", 16, cwd=tmp_path, status=3)
     reasons = {row["case"]: row["reason"] for row in read(tmp_path / "out/failures.csv")}
     assert set(reasons) == {"C1", "C3", "C4"}
     assert "no t2 file" in reasons["C1"] and "truncated" in reasons["C3"] and "value 7" in reasons["C4"]
