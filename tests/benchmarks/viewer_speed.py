@@ -53,8 +53,9 @@ def measure(case: Path) -> dict:
     truth = scene.maps["truth"]
     viewer.show_maps(with_prediction(scene, np.roll(truth, (4, 5, 2), (0, 1, 2))))
     widget = canvas.get_tk_widget()
-    toolbar_px = canvas.manager.window.winfo_height() - widget.winfo_height()
-    canvas.manager.resize(SIDE_PX, SIDE_PX + toolbar_px)
+    window = canvas.manager.window
+    toolbar_px = window.winfo_height() - widget.winfo_height()
+    window.geometry(f"{SIDE_PX}x{SIDE_PX + toolbar_px}")
     finish(viewer)
     times, cpu = [], []
     for notch in range(WARM_UP + NOTCHES):
@@ -66,7 +67,7 @@ def measure(case: Path) -> dict:
     times, cpu = times[WARM_UP:], cpu[WARM_UP:]
     return opened | {
         "notch_ms": statistics.median(times), "notch_p95_ms": statistics.quantiles(times, n=20)[-1],
-        "notch_cpu_ms": statistics.median(cpu), "canvas": "{} x {}".format(*canvas.get_width_height()),
+        "notch_cpu_ms": statistics.median(cpu), "canvas_px": f"{widget.winfo_width()} x {widget.winfo_height()}",
     }  # fmt: skip
 
 
