@@ -117,7 +117,8 @@ def main():
     for number in range(1, args.rounds + 1):
         for name, checkout in checkouts.items():
             rows.append({"code": name, "commit": commit(checkout), "round": number, "case": args.case.name}
-                        | measured_apart(checkout, args.case) | machine() | {"date": time.strftime("%Y-%m-%d")})
+                        | measured_apart(checkout, args.case) | machine()
+                        | {"load_average": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")})
             print({key: rows[-1][key] for key in ("code", "open_s", "notch_ms", "notch_p95_ms")}, file=sys.stderr)
     for key in ("load_s", "open_s", "open_cpu_s", "notch_ms", "notch_p95_ms", "notch_cpu_ms"):
         medians = {name: statistics.median(row[key] for row in rows if row["code"] == name) for name in checkouts}
