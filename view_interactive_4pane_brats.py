@@ -7,12 +7,12 @@
   python view_interactive_4pane_brats.py CASE --save picture.png        (no window, no display needed)
 
 With --run each case is segmented as it opens: the prediction is filled, the truth is an outline over it, and the Dice
-of each region and the milliseconds it took are told below.
+of each region and the time in milliseconds are shown below.
 
 Keys: wheel, up, down: one slice; page up, page down: ten; home, end: first and last; 1 2 3: axial, coronal, sagittal;
-m: slice with most tumour; o: overlay on or off; [ ]: its opacity; t: truth and prediction change places; c: outline on
-or off; n, b: next case of a folder, and back; s: save a PNG; q: quit.
-The line at the bottom tells voxel, position in mm and the four intensities under the cursor.
+m: slice with the most tumour; o: overlay on or off; [ ]: its opacity; t: swap truth and prediction; c: outline on or
+off; n, b: next and previous case of a folder; s: save a PNG; q: quit.
+The line at the bottom shows the voxel, its position in mm and the four intensities under the cursor.
 """
 
 from functools import partial
@@ -31,10 +31,10 @@ def arguments():
                            help="a predicted label map on the grid of the case to start at")
     predicted.add_argument("--run", type=Path, help="folder of a trained run, or its checkpoint: segment with it")
     parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
-                        help="what the raw label values mean, where the file names do not tell")
+                        help="what the raw label values mean, if the file names do not say")
     parser.add_argument("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="plane to start in")
     parser.add_argument("--slice", type=cli.natural, help="slice to start at, counted from the patient's inferior, "
-                        "posterior or left end (default: the one with most tumour)")
+                        "posterior or left end (default: the one with the most tumour)")
     parser.add_argument("--save", type=Path, metavar="PNG", help="write this picture and open no window")
     cli.add_device_arguments(parser)
     return parser.parse_args()
@@ -133,14 +133,15 @@ def read_prediction(path: Path, scene):
     """A label map on the scene's own grid, as training labels with RAS axes."""
     import numpy as np
 
-    from models.brats import InputError, read_nifti, to_ras, to_training_labels
+    from models.brats import InputError, read_label, to_ras, to_training_labels
 
-    voxels, affine = read_nifti(path)
+    label, affine = read_label(path)
     if scene.affine is None:
-        raise InputError("--prediction: a label map is on the original grid; name the raw case, not a .pt file.")
-    if voxels.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
-        raise InputError(f"{path}: its grid {voxels.shape} is not that of {scene.name} {scene.native_shape}.")
-    return to_ras(to_training_labels(voxels.astype(np.int16), scene.scheme, path)[None], affine)[0]
+        raise InputError("--prediction: a label map is on the original grid; give the raw case, not a .pt file.")
+    if label.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
+        raise InputError(f"{path}: shape {label.shape} or affine differs from {scene.name} {scene.native_shape}. "
+                         "Give a label map on the grid of the case.")
+    return to_ras(to_training_labels(label, scene.scheme, path)[None], affine)[0]
 
 
 if __name__ == "__main__":

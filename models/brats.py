@@ -243,6 +243,19 @@ def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.nda
     return apply_read_scaling(voxels, slope, intercept), affine
 
 
+def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Raw label values, uint8 or int16 [X, Y, Z], and the affine of a segmentation. Scaled files hold values such as
+    1.0000153: what is within 1e-3 of a whole number is rounded, anything else is refused."""
+    voxels, affine = read_nifti(path)
+    if voxels.dtype in (np.uint8, np.int16):
+        return voxels, affine
+    with np.errstate(invalid="ignore"):  # NaN, and numbers that int16 cannot hold, differ from what they become
+        label = np.rint(voxels).astype(np.int16)
+    if not (np.abs(label - voxels) <= 1e-3).all():
+        raise InputError(f"{path}: holds values that are not whole numbers. Give a label map, not a probability map.")
+    return label, affine
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -254,11 +267,8 @@ def read_case(case: Case) -> Volumes:
     label = None
     if case.labelled:
         path = case.files["seg"][0]
-        voxels, its_affine = read_nifti(path)
-        _refuse_other_grid(path, voxels, its_affine, reference, image.shape[1:], affine)
-        label = voxels if voxels.dtype in (np.uint8, np.int16) else voxels.astype(np.int16)
-        if label is not voxels and not np.array_equal(label, voxels):
-            raise InputError(f"{path}: holds values that are not whole numbers, so it is not a segmentation.")
+        label, its_affine = read_label(path)
+        _refuse_other_grid(path, label, its_affine, reference, image.shape[1:], affine)
     return Volumes(image, label, affine)
 
 

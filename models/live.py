@@ -1,6 +1,6 @@
-"""Live segmentation: the case that the viewer shows goes through a trained network while the window answers on.
+"""Live segmentation: the case that the viewer shows goes through a trained network while the window stays responsive.
 
-`segment` takes one case there and back; a `Session` goes through cases and does the work in a thread.
+`segment` takes one case to network space and back; a `Session` steps through cases and does the work in a thread.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from models.brats import InputError
 from models.scene import Scene, with_prediction
 
-POLL_MS = 150  # between two looks at the thread
+POLL_MS = 150  # between two checks of the thread
 
 
 # ---- segmenting ----------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def open_run(path: Path, device: str, amp: str) -> Run:
     described = folder / "config.json"
     config = json.loads(described.read_text()) if described.is_file() else {}
     if missing := {"size", "spacing_mm"} - config.keys():
-        raise InputError(f"{described}: does not tell {' and '.join(sorted(missing))} of the cases it was trained on.")
+        raise InputError(f"{described}: lacks {' and '.join(sorted(missing))} of the cases it was trained on.")
     amp_dtype = inference_dtype(amp, checkpoint.get("amp", "off"), device)
     return Run(folder.name, model, config["size"][0], config["spacing_mm"], device, amp_dtype)
 
@@ -58,11 +58,11 @@ def refuse_other_size(scene: Scene, run: Run):
         )
 
 
-def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
+def segment(scene: Scene, run: Run, report=lambda stage: None) -> Scene:
     """The scene with the network's prediction on its own grid, its Dice, and the milliseconds it took.
 
-    `tell` is called with the name of each stage as it begins, and before every layer of the network; what it raises
-    ends the work.
+    `report` is called with the name of each stage as it begins, and before every layer of the network; an exception
+    that it raises ends the work.
     """
     import torch
 
@@ -71,7 +71,7 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
 
     refuse_other_size(scene, run)
     times = [time.perf_counter()]
-    tell("segmenting: preprocessing")
+    report("segmenting: preprocessing")
     if scene.affine is None:
         image, geometry = torch.from_numpy(scene.image), None
     else:  # the image has RAS axes already: with their affine, native_label_map brings the prediction back to these
@@ -79,7 +79,8 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
         image, geometry = case["image"], case["geometry"]
     image = image.to(run.device)
     times.append(time.perf_counter())
-    hooks = [module.register_forward_pre_hook(lambda *_: tell("segmenting: network")) for module in run.model.modules()]
+    in_network = partial(report, "segmenting: network")
+    hooks = [module.register_forward_pre_hook(lambda *_: in_network()) for module in run.model.modules()]
     try:
         probabilities = predict(run.model, image, run.amp_dtype)  # [4, D, H, W]
     finally:
@@ -88,7 +89,7 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
     times.append(time.perf_counter())
-    tell("segmenting: back to the grid of the file")
+    report("segmenting: back to the grid of the file")
     label = native_label_map(probabilities, geometry) if geometry else label_map(probabilities)
     label = label.cpu().numpy()  # [D, H, W] of the scene
     times.append(time.perf_counter())
@@ -97,7 +98,7 @@ def segment(scene: Scene, run: Run, tell=lambda stage: None) -> Scene:
     if geometry:
         parts = f"preprocessing {before_ms:.0f}, {parts}, back to the grid of the file {after_ms:.0f}"
     timing = f"segmented by {run.name} in {before_ms + network_ms + after_ms:.0f} ms ({parts})"
-    tell("segmenting: Dice")
+    report("segmenting: Dice")
     return with_prediction(scene, label, timing)
 
 
@@ -109,8 +110,8 @@ class Abandoned(Exception):
 
 
 class Session:
-    """Goes through cases in a viewer. Loading and segmenting happen in a thread, one case at a time, and the window
-    looks from time to time how far it is; what was asked for last is what counts.
+    """Steps through cases in a viewer. Loading and segmenting happen in a thread, one case at a time, and the window
+    checks regularly how far it has got; only the latest request counts.
 
     Args:
         loaders: case name -> function that returns its Scene. The viewer shows one of them already.
@@ -142,7 +143,7 @@ class Session:
         if self.run:
             self.start(partial(segment, scene, self.run), self.viewer.show_maps, "segmenting")
 
-    def arrive(self, scene: Scene):
+    def show_loaded(self, scene: Scene):
         self.viewer.show(scene)
         self.announce(scene)
 
@@ -154,27 +155,27 @@ class Session:
         self.position = position
         name = self.names[position]
         load = self.loaders[name]
-        self.start(lambda tell: load(), self.arrive, f"loading {name}, case {position + 1} of {len(self.names)}")
+        self.start(lambda report: load(), self.show_loaded, f"loading {name}, case {position + 1} of {len(self.names)}")
 
     # ---- the thread
 
     def start(self, work, then, stage: str):
-        """Have `work(tell)` done in the thread and hand its result to `then`; whatever is under way is abandoned."""
+        """Do `work(report)` in the thread and pass its result to `then`; work under way is abandoned."""
         if self.future:
             self.future.cancel()
         self.wanted += 1
         self.then, self.stage, self.began_s = then, stage, time.perf_counter()
-        self.future = self.pool.submit(work, partial(self.tell, self.wanted))
+        self.future = self.pool.submit(work, partial(self.report, self.wanted))
         self.poll()
 
-    def tell(self, number: int, stage: str):
-        """Called by the thread: how far work `number` is. Ends it if it is no longer wanted."""
+    def report(self, number: int, stage: str):
+        """Called by the thread: which stage work `number` has reached. Ends it if it is no longer wanted."""
         if number != self.wanted:
             raise Abandoned
         self.stage = stage
 
     def poll(self):
-        """Called by the window: say how far the thread is, or take what it has made."""
+        """Called by the window: show what the thread is doing, or take its result."""
         if self.future is None:
             return
         if not self.future.done():
@@ -189,7 +190,7 @@ class Session:
         else:
             self.then(future.result())
 
-    # ---- answers
+    # ---- responses
 
     def on_key(self, event):
         if event.key in ("n", "b"):

@@ -1,11 +1,12 @@
-"""What the viewer shows of a case: its image, its label maps, and what is said about them."""
+"""What the viewer shows of a case: its image, its label maps, and what is written about them."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from models.brats import REGIONS
+from models.brats import LABELS, REGIONS
 from models.plots import intensity_window
 
 
@@ -25,15 +26,27 @@ class Scene:
     windows: list = field(default_factory=list)  # per modality, the intensities shown as black and white
 
     def __post_init__(self):
-        # A case turned to RAS is a view with negative strides; taking a slice of that would copy the whole case.
-        self.image = np.ascontiguousarray(self.image)
+        # Turned to RAS, a label map is a view with negative strides, in which counting takes several times as long.
         self.maps = {name: np.ascontiguousarray(label) for name, label in self.maps.items()}
         self.windows = self.windows or [intensity_window(volume) for volume in self.image]
+
+    def volumes_ml(self) -> dict:
+        """Map name -> label -> volume in ml."""
+        voxel_ml = float(np.prod(self.voxel_mm)) / 1e3
+        return {
+            name: {value: np.count_nonzero(label == value) * voxel_ml for value in LABELS}
+            for name, label in self.maps.items()
+        }
+
+    @cached_property
+    def ras_to_native(self) -> np.ndarray:
+        """From an index of `image` to a voxel of the file."""
+        return inv_ornt_aff(io_orientation(self.affine), self.native_shape)
 
     @property
     def ras_affine(self) -> np.ndarray:
         """From an index of `image` to mm."""
-        return self.affine @ inv_ornt_aff(io_orientation(self.affine), self.native_shape)
+        return self.affine @ self.ras_to_native
 
 
 def with_prediction(scene: Scene, label: np.ndarray, timing: str = "") -> Scene:

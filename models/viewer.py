@@ -1,13 +1,13 @@
-"""The four-pane window of the viewer: state, drawing, and the answers to wheel, keys and cursor."""
+"""The four-pane window of the viewer: its state, its drawing, and how it responds to wheel, keys and cursor."""
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
-from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES, InputError
+from models.drawing import Line, SlicePicture, add_outline, box_in_picture, crop
 from models.plots import (
     CONVENTION,
     LABEL_COLORS,
@@ -18,10 +18,9 @@ from models.plots import (
 )
 from models.scene import Scene
 
-KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t c: truth, prediction, outline   "
-            "n b: case   s: save   q")  # fmt: skip
-EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is at the left, right, top and bottom
-OUTLINE_SCALE = 2  # an outline is half a voxel wide
+KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth/prediction   "
+            "c: outline   n b: case   s: save   q: quit")  # fmt: skip
+EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "PASI"}  # what is on the left, right, top and bottom
 SIDE_INCHES = 11  # of the window, at 100 dots per inch
 MARGIN = 0.05  # around the head for the letters, as a share of its longer side
 
@@ -48,41 +47,13 @@ def new_figure(with_window: bool):
     return figure
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def box_in_picture(mask: np.ndarray, plane: str) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what a mask [D, H, W] covers in the pictures of a plane, with all slices seen
-    through at once; of the whole picture where it covers nothing."""
-    shadow = slice_view(mask.any(axis=PLANES[plane], keepdims=True), plane, 0)
-    if not shadow.any():
-        return 0, shadow.shape[0], 0, shadow.shape[1]
-    rows, columns = np.flatnonzero(shadow.any(1)), np.flatnonzero(shadow.any(0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def crop(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    top, bottom, left, right = box
-    return picture[top:bottom, left:right]
-
-
-def add_outline(picture: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """RGBA [rows, columns, 4] with the outline of each label of [rows, columns] drawn over it, at OUTLINE_SCALE."""
-    picture, label = (a.repeat(OUTLINE_SCALE, 0).repeat(OUTLINE_SCALE, 1) for a in (picture, label))
-    around = np.pad(label, 1)
-    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-    edge = (label > 0) & np.logical_or.reduce([label != neighbour for neighbour in neighbours])
-    picture[edge] = label_overlay(label[edge], 1.0)
-    return picture
-
-
 # ---- the window ----------------------------------------------------------------------------------------------------
 
 
 class Viewer:
-    """Four linked panes. Keeps what is shown, and answers wheel, keys and cursor.
+    """Four linked panes. Keeps what is shown, and responds to wheel, keys and cursor.
 
-    What a turn of the wheel changes is drawn over a kept picture of the rest, several times as fast as all of it.
+    What a turn of the wheel changes is drawn over a stored picture of the rest: redrawing everything is far slower.
     """
 
     def __init__(self, figure, scene: Scene, plane: str = "axial", with_help: bool = True):
@@ -110,9 +81,10 @@ class Viewer:
         for channel, modality in enumerate(MODALITIES):
             axes = figure.add_subplot(grid[channel // 2, channel % 2], facecolor="black")
             axes.set_axis_off()
+            axes.set(xticks=[], yticks=[], aspect="equal")  # matplotlib asks every tick whether the wheel turned on it
             axes.set_title(modality.upper(), color="white", fontsize=13)
-            self.panes.append(axes.imshow([[0]], cmap="gray"))
-            self.overlays.append(axes.imshow([[[0, 0, 0, 0]]], interpolation="nearest"))
+            self.panes.append(axes.add_artist(SlicePicture(axes)))
+            self.overlays.append(axes.add_artist(SlicePicture(axes)))
             places = ((0, 0.5, "left", "center"), (1, 0.5, "right", "center"),
                       (0.5, 1, "center", "top"), (0.5, 0, "center", "bottom"))  # fmt: skip
             self.letters.append([axes.text(x, y, "", ha=ha, va=va, color="#cccccc", transform=axes.transAxes)
@@ -120,16 +92,18 @@ class Viewer:
         sheet = figure.add_axes((0, 0, 1, 1), zorder=-1)  # the words belong to axes, or a saved file would lack them
         sheet.set_axis_off()
         # Two lines that meet at one height: they stay apart in a window of any size.
-        self.title = sheet.text(0.5, 0.97, "", color="white", ha="center", va="bottom", fontsize=12)
-        self.convention = sheet.text(0.5, 0.967, "", color="white", ha="center", va="top", fontsize=12)
-        self.legend_text = sheet.text(0.5, 0.053, "", color="white", ha="center", va="bottom", fontsize=10)
-        self.note = sheet.text(0.5, 0.05, "", color="white", ha="center", va="top", fontsize=10)
-        self.status = sheet.text(0.5, 0.01, self.help, color="#aaaaaa", ha="center", va="bottom", fontsize=9)
+        self.title, self.convention, self.legend_text, self.note, self.status = (
+            sheet.add_artist(Line(0.5, y, "", ha="center", va=va, color=color, fontsize=size))
+            for y, va, color, size in (
+                (0.97, "bottom", "white", 12), (0.967, "top", "white", 12), (0.053, "bottom", "white", 10),
+                (0.05, "top", "white", 10), (0.01, "bottom", "#aaaaaa", 9),
+            )
+        )
         self.font_scale = 1.0
         self.font_sizes = {text: text.get_fontsize() for text in figure.findobj(Text)}
-        self.layers = {"slices": [*self.panes, *self.overlays, self.title],
+        self.layers = {"slices": [*self.panes, *self.overlays], "title": [self.title],
                        "words": [self.legend_text, self.note], "status": [self.status]}  # fmt: skip
-        heights = {"slices": (0.125, 1), "words": (0.028, 0.073), "status": (0, 0.028)}
+        heights = {"slices": (0.125, 0.92), "title": (0.968, 1), "words": (0.028, 0.073), "status": (0, 0.028)}
         areas = {name: Bbox([[0, bottom], [1, top]]) for name, (bottom, top) in heights.items()}
         self.areas = {name: TransformedBbox(area, figure.transFigure) for name, area in areas.items()}
         for artists in self.layers.values():
@@ -167,7 +141,7 @@ class Viewer:
     # ---- showing
 
     def show(self, scene: Scene):
-        """Show another case, where its tumour is largest."""
+        """Show another case, on the slice with the most tumour."""
         self.scene, self.indices = scene, {}  # indices: of the planes in which the user chose a slice
         self.status.set_text(self.help)
         for pane, window in zip(self.panes, scene.windows, strict=True):
@@ -179,6 +153,7 @@ class Viewer:
         self.scene = scene
         self.shown = "prediction" if "prediction" in scene.maps else next(iter(scene.maps), None)  # the one filled
         reference = scene.maps.get("truth", self.label)
+        self.volumes_ml = scene.volumes_ml()
         self.opening = {plane: self.most_tumour(plane, reference) for plane in EDGES}
         self.note.set_text(scene.timing)
         self.note.set_color("white")
@@ -203,8 +178,8 @@ class Viewer:
                 text.set_text(letter)
         sagittal = "seen from the patient's right: anterior is on the right"
         self.convention.set_text(sagittal if self.plane == "sagittal" else CONVENTION)
-        self.show_legend()
         self.show_slice()
+        self.show_legend()
 
     def extent_mm(self, box) -> tuple[float, float, float, float]:
         """Left, right, bottom and top in mm, counted from the corner of the whole picture, of a box in it."""
@@ -222,10 +197,11 @@ class Viewer:
                 layer.set_data(overlay)
         place = f" ({self.place})" if self.place else ""
         self.title.set_text(f"{self.scene.name}{place}   {self.plane} slice {self.index} of {self.slice_count}")
+        self.redraw("title")
         self.redraw("slices")
 
     def overlay_picture(self) -> np.ndarray | None:
-        """What is laid over the tumour box of this slice, RGBA [rows, columns, 4]; None where there is nothing."""
+        """The overlay of this slice in the tumour box, RGBA uint8 [rows, columns, 4]; None where there is nothing."""
         if self.label is None or not self.overlay_on:
             return None
         names = [self.shown, self.outlined] if self.outlined else [self.shown]
@@ -233,7 +209,8 @@ class Viewer:
         if not any(label.any() for label in labels):
             return None
         picture = label_overlay(labels[0], self.opacity)
-        return add_outline(picture, labels[1]) if self.outlined else picture
+        picture = add_outline(picture, labels[1]) if self.outlined else picture
+        return np.rint(picture * 255).astype(np.uint8)
 
     def show_legend(self):
         from matplotlib.patches import Patch
@@ -242,8 +219,7 @@ class Viewer:
             legend.remove()
         self.legend_text.set_text("no segmentation")
         if self.label is not None:
-            voxel_ml = float(np.prod(self.scene.voxel_mm)) / 1e3
-            volumes = {value: np.count_nonzero(self.label == value) * voxel_ml for value in LABELS}
+            volumes = self.volumes_ml[self.shown]
             handles = [
                 Patch(color=LABEL_COLORS[value], label=f"{name}, {LABEL_NAMES[name]}: {volumes[value]:.1f} ml")
                 for value, name in LABELS.items()
@@ -253,8 +229,7 @@ class Viewer:
             parts = [f"{'filled' if self.outlined else 'segmentation'}: {self.shown}, whole tumour "
                      f"{sum(volumes.values()):.1f} ml"]
             if self.outlined:
-                other_ml = np.count_nonzero(self.scene.maps[self.outlined]) * voxel_ml
-                parts.append(f"outline: {self.outlined}, {other_ml:.1f} ml")
+                parts.append(f"outline: {self.outlined}, {sum(self.volumes_ml[self.outlined].values()):.1f} ml")
             self.legend_text.set_text("     ".join([*parts, self.scene.scores]))
         self.redraw_all()
 
@@ -271,7 +246,8 @@ class Viewer:
         self.figure.canvas.draw_idle()
 
     def redraw(self, layer: str):
-        """Draw one layer anew, once for all events that wait by then: a fast wheel must not lag behind the hand."""
+        """Draw one layer anew, once for all the events that have queued up: the picture must not lag behind a
+        fast wheel."""
         self.stale.add(layer)
         if self.soon:
             self.soon.start()
@@ -288,7 +264,8 @@ class Viewer:
             canvas.restore_region(self.backgrounds[layer])
             for artist in self.layers[layer]:
                 self.figure.draw_artist(artist)
-            canvas.blit(self.areas[layer])
+        # Handing over the whole window takes less time than handing over parts of it one by one.
+        canvas.blit(self.areas[stale.pop()] if len(stale) == 1 else None)
 
     def on_draw(self, event):
         """All but the layers has been drawn: keep it, and draw the layers over it."""
@@ -301,7 +278,10 @@ class Viewer:
 
     def on_resize(self, event):
         """Let the words grow and shrink with the window."""
-        self.font_scale = min(max(min(self.figure.get_size_inches()) / SIDE_INCHES, 0.5), 1.5)
+        scale = min(max(min(self.figure.get_size_inches()) / SIDE_INCHES, 0.5), 1.5)
+        if scale == self.font_scale:  # a window that opens reports its size more than once
+            return
+        self.font_scale = scale
         for text, size in self.font_sizes.items():
             text.set_fontsize(size * self.font_scale)
         self.show_legend()
@@ -310,7 +290,7 @@ class Viewer:
         if self.soon:
             self.soon.stop()
 
-    # ---- answers
+    # ---- responses
 
     def go_to(self, index: int):
         self.indices[self.plane] = min(max(index, 0), self.slice_count - 1)
@@ -318,7 +298,7 @@ class Viewer:
 
     def on_scroll(self, event):
         self.go_to(self.index + (1 if event.button == "up" else -1))
-        self.on_move(event)  # another slice has come below the cursor
+        self.on_move(event)  # another slice is under the cursor now
 
     def on_key(self, event):
         steps = {"up": 1, "down": -1, "right": 1, "left": -1, "pageup": 10, "pagedown": -10, "home": -(10**6),
@@ -367,9 +347,9 @@ class Viewer:
                  "sagittal": (self.index, column, up)}[self.plane]  # fmt: skip
         if not all(0 <= v < n for v, n in zip(voxel, shape, strict=True)):
             return self.help
-        where = f"voxel {voxel} of network space"
+        where = f"voxel {voxel} in network space"
         if self.scene.affine is not None:
-            native = inv_ornt_aff(io_orientation(self.scene.affine), self.scene.native_shape) @ (*voxel, 1)
+            native = self.scene.ras_to_native @ (*voxel, 1)
             mm = self.scene.ras_affine @ (*voxel, 1)
             where = "voxel ({:.0f}, {:.0f}, {:.0f})   RAS ({:.1f}, {:.1f}, {:.1f}) mm".format(*native[:3], *mm[:3])
         values = (f"{m.upper()} {self.scene.image[(c, *voxel)]:.4g}" for c, m in enumerate(MODALITIES))

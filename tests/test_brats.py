@@ -11,7 +11,7 @@ import pytest
 from conftest import LPS, make_head, write_raw_case
 
 from models import brats
-from models.brats import InputError, find_cases, read_case, read_nifti, to_raw_labels, to_training_labels
+from models.brats import InputError, find_cases, read_case, read_label, read_nifti, to_raw_labels, to_training_labels
 
 
 @pytest.mark.parametrize("layout", ["brats2021", "brats2020", "brats2023"])
@@ -173,6 +173,24 @@ def test_a_segmentation_of_fractions_is_refused(tmp_path):
     rewrite(folder / "C_seg.nii.gz", label.astype(np.float32) * 0.5)
     with pytest.raises(InputError, match="not whole numbers"):
         read_case(find_cases(tmp_path)[0])
+
+
+def test_a_segmentation_that_scaling_has_moved_by_a_hair_is_rounded(tmp_path):
+    folder, _, label = write_raw_case(tmp_path, "C")
+    raw = np.where(label == 3, 4, label)
+    rewrite(folder / "C_seg.nii.gz", (raw * np.float32(1.0000153)).astype(np.float32))
+    read = read_case(find_cases(tmp_path)[0]).label
+    assert read.dtype == np.int16 and np.array_equal(read, raw)
+
+
+@pytest.mark.parametrize("value", [0.97, 1.002, np.nan, np.inf, 65537.0])
+def test_what_is_no_label_map_is_refused_in_one_line(tmp_path, value):
+    voxels = np.zeros((4, 5, 6), np.float32)
+    voxels[1, 2, 3] = value
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match=r"a\.nii\.gz: .* Give a label map") as caught:
+        read_label(tmp_path / "a.nii.gz")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_cases_or_with_one_twice_is_refused(tmp_path):

@@ -226,7 +226,7 @@ def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tmp_path):
     opened = open_run(run / "best.pt", "cpu", "off")
     assert (opened.name, opened.size, opened.spacing_mm) == ("small", 32, 2.0)
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
-    with pytest.raises(InputError, match="does not tell size and spacing_mm"):
+    with pytest.raises(InputError, match="lacks size and spacing_mm"):
         open_run(tmp_path, "cpu", "off")
 
 

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from conftest import LPS, ROOT, run_script, write_raw_case
 from matplotlib.backend_bases import FigureCanvasBase, KeyEvent, MouseEvent, ResizeEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 import view_interactive_4pane_brats as view
+from models.drawing import Line, SlicePicture
+from models.plots import intensity_window
 from models.scene import with_prediction
 from models.viewer import Viewer, new_figure
 
@@ -68,9 +73,9 @@ def test_what_is_drawn_changes_with_the_slice(viewer):
 
 def test_overlay_goes_on_and_off_and_changes_opacity(viewer):
     assert viewer.overlays[0].get_visible()
-    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.5)
+    assert viewer.overlays[0].get_array()[..., 3].max() == round(0.5 * 255)
     key(viewer, "]")
-    assert viewer.overlays[0].get_array()[..., 3].max() == pytest.approx(0.6)
+    assert viewer.overlays[0].get_array()[..., 3].max() == round(0.6 * 255)
     key(viewer, "o")
     assert not viewer.overlays[0].get_visible()
 
@@ -102,7 +107,7 @@ def test_volumes_in_ml_come_from_the_voxel_size(tmp_path):
         assert f"{(label == value).sum() * 6 / 1000:.1f} ml" in text
 
 
-def test_the_cursor_tells_voxel_mm_and_intensities_of_the_file(tmp_path):
+def test_the_status_line_shows_voxel_mm_and_intensities_of_the_file(tmp_path):
     _, volumes, _ = write_raw_case(tmp_path, "C")
     viewer = Viewer(new_figure(with_window=False), open_scene(tmp_path))
     viewer.go_to(20)
@@ -139,6 +144,14 @@ def test_truth_and_prediction_swap_with_their_dice(tmp_path):
     assert "outline: prediction" in viewer.legend_text.get_text()
     key(viewer, "t")
     assert "filled: prediction" in viewer.legend_text.get_text()
+
+
+def test_a_probability_map_as_prediction_is_refused(tmp_path):
+    _, _, label = write_raw_case(tmp_path, "C")
+    nibabel.save(nibabel.Nifti1Image(np.float32(0.97) * (label > 0), LPS), tmp_path / "p.nii.gz")
+    result = run_script(SCRIPT, "C", "--prediction", "p.nii.gz", "--save", "a.png", cwd=tmp_path, status=2)
+    assert len(result.stderr.strip().splitlines()) == 1 and "Give a label map" in result.stderr
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_preprocessed_case_opens(tensors, tmp_path):
@@ -190,11 +203,11 @@ def test_the_truth_is_an_outline_over_the_filled_prediction(viewer):
     viewer.show_maps(viewer.scene)
     viewer.go_to(20)
     alpha = np.array(viewer.overlays[0].get_array())[..., 3]
-    assert (alpha == 0.5).sum() == 4 * (6 * 6 + 4 * 10)  # a voxel is 2 x 2 pixels
-    assert (alpha == 1).sum() == 20**2 - 18**2
+    assert (alpha == 128).sum() == 4 * (6 * 6 + 4 * 10)  # a voxel is 2 x 2 pixels
+    assert (alpha == 255).sum() == 20**2 - 18**2
     key(viewer, "c")
     alpha = np.array(viewer.overlays[0].get_array())[..., 3]
-    assert (alpha == 0.5).sum() == 6 * 6 + 4 * 10 and (alpha == 1).sum() == 0
+    assert (alpha == 128).sum() == 6 * 6 + 4 * 10 and (alpha == 255).sum() == 0
     assert "outline" not in viewer.legend_text.get_text()
 
 
@@ -208,6 +221,78 @@ def test_the_overlay_lies_where_the_label_is(viewer):
     for plane, extent in (("1", mirrored + posterior), ("2", mirrored + inferior), ("3", posterior + inferior)):
         key(viewer, plane)
         assert tuple(viewer.overlays[0].get_extent()) == extent
+
+
+# ---- pictures and lines straight to the pixels ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def axes():
+    """Axes of 300 x 200 pixels with y upwards, in the middle of a black figure of 400 x 300."""
+    figure = Figure(figsize=(4, 3), facecolor="black")
+    FigureCanvasAgg(figure)
+    return figure.add_axes((0.125, 1 / 6, 0.75, 2 / 3), xticks=[], yticks=[], frame_on=False)
+
+
+def drawn(axes):
+    """The pixels of the figure, and the data coordinates of the middle of each pixel."""
+    axes.figure.canvas.draw()
+    pixels = np.array(axes.figure.canvas.buffer_rgba())[::-1, :, :3]
+    columns, rows = np.meshgrid(np.arange(pixels.shape[1]) + 0.5, np.arange(pixels.shape[0]) + 0.5)
+    middles = axes.transData.inverted().transform(np.stack([columns.ravel(), rows.ravel()], 1))
+    return pixels, *middles.T.reshape(2, *columns.shape)
+
+
+@pytest.mark.parametrize("limits", [(-3, 40, -5, 33), (11.3, 17.9, 8.2, 12.1), (50, 60, 0, 10)])
+def test_each_pixel_has_the_colour_of_the_voxel_it_lies_on(axes, limits):
+    """Voxels of 1.7 mm x 3.1 mm, seen whole, magnified, and from where there is none."""
+    colours = np.random.default_rng(0).integers(1, 256, (9, 20, 4), np.uint8)
+    colours[..., 3] = 255
+    picture = axes.add_artist(SlicePicture(axes, extent=(2, 36, 1, 28.9)))
+    picture.set_data(colours)
+    axes.set(xlim=limits[:2], ylim=limits[2:])
+    pixels, x, y = drawn(axes)
+    row, column = np.floor((28.9 - y) / 3.1).astype(int), np.floor((x - 2) / 1.7).astype(int)
+    pixel_mm = np.diff(x[0])[0], np.diff(y[:, 0])[0]  # a pixel on the border of the picture may be left out
+    well_inside = (x - 2 > pixel_mm[0]) & (36 - x > pixel_mm[0]) & (y - 1 > pixel_mm[1]) & (28.9 - y > pixel_mm[1])
+    seen = (x > limits[0]) & (x < limits[1]) & (y > limits[2]) & (y < limits[3])
+    inside = well_inside & seen
+    assert np.array_equal(pixels[inside], colours[row[inside], column[inside], :3])
+    outside = (x < 2) | (x > 36) | (y < 1) | (y > 28.9) | ~seen
+    assert not pixels[outside].any()
+
+
+def test_grey_levels_are_interpolated_within_the_window(axes):
+    """A ramp of 20 intensities per voxel, shown from 100 to 355: one grey level per intensity."""
+    picture = axes.add_artist(SlicePicture(axes, extent=(0, 30, 0, 20)))
+    picture.set_data(np.tile(np.arange(0, 600, 20, dtype=np.int16), (20, 1)))
+    picture.set_clim(100, 355)
+    axes.set(xlim=(0, 30), ylim=(0, 20))
+    pixels, x, y = drawn(axes)
+    inside = (x > 0.5) & (x < 29.5) & (y > 0.5) & (y < 19.5)
+    expected = np.clip((x - 0.5) * 20 - 100, 0, 255)  # voxel 0 has its middle at 0.5
+    assert np.abs(pixels[..., 0] - expected)[inside].max() < 6  # under a third of the step from voxel to voxel
+    assert (np.ptp(pixels, axis=2) == 0).all()
+
+
+@pytest.mark.parametrize("va", ["top", "bottom"])
+def test_a_line_stands_where_a_text_of_matplotlib_would(axes, va):
+    ink = {}
+    for kind in (Text, Line):
+        words = axes.add_artist(kind(0.5, 0.5, "voxel (15, 30, 20)", ha="center", va=va, color="#c0ffee", fontsize=11))
+        pixels, _, _ = drawn(axes)
+        rows, columns = np.nonzero(pixels[..., 1] > 100)
+        ink[kind] = np.array([rows.min(), rows.max(), columns.min(), columns.max()])
+        assert tuple(pixels.reshape(-1, 3).max(0)) == (0xC0, 0xFF, 0xEE)
+        words.remove()
+    assert np.abs(ink[Text] - ink[Line]).max() <= 3
+
+
+def test_a_large_volume_is_shown_in_the_window_of_all_its_voxels():
+    volume = np.random.default_rng(0).gamma(4, 200, (160, 150, 140)).astype(np.int16)
+    volume[:60] = 0
+    exact = np.percentile(volume[volume != 0], (1, 99.5))
+    assert intensity_window(volume) == pytest.approx(exact, rel=0.02)
 
 
 # ---- fast redrawing ------------------------------------------------------------------------------------------------
