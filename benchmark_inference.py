@@ -2,8 +2,8 @@
 """Measure how fast, how large and how exact the networks run, engine by engine.
 
 A row is a network, an engine, a number type, a batch and a size, in a process of its own. MONAI's Swin UNETR runs
-beside ours with the same weights; the U-Net is MONAI's own class. Engines: eager, fused, compile, cudagraph, aot, onnx.
-Types: float32, tf32, bf16, fp16. What this machine cannot run is listed with the reason. --out gets figures and a CSV
+beside ours with the same weights; the U-Net is MONAI's own class. Engines: eager, fused, compile, cudagraph, aot, onnx,
+openvino. Types: float32, tf32, bf16, fp16. What this machine cannot run is listed with the reason. --out gets figures and a CSV
 named after device and torch, to which every run appends; the last line on stdout is one JSON object.
 
   python benchmark_inference.py --case data/BraTS2021_Training_Data/BraTS2021_00000 --profile   (one GPU)

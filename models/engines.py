@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from models import load_model
 from models.brats import InputError, write_atomically
+from models.device import native_dtypes
 from models.exports import FORMAT, compiled_ahead_of_time, exported_to_onnx, header_of, machine_of, read_header
 from models.speed import DTYPES, float32_multiplication, latencies_ms
 
@@ -41,8 +42,12 @@ ENGINES = {
     "cudagraph": "the compiled network recorded as one CUDA graph",
     "aot": "compiled ahead of time to a .pt2 file, which runs without the model code",
     "onnx": "exported to an .onnx file, run by onnxruntime",
+    "openvino": "exported to an .onnx file, run by OpenVINO (CPU only)",
 }
-FALLBACK = {"cudagraph": "compile", "aot": "compile", "compile": "fused", "onnx": "fused", "fused": "eager"}
+FALLBACK = {
+    "cudagraph": "compile", "aot": "compile", "compile": "fused", "onnx": "fused", "openvino": "fused",
+    "fused": "eager",
+}  # fmt: skip
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last-3d": torch.channels_last_3d}
 CACHE = Path(".engines")  # compiled files and measured layouts; can be deleted at any time
 
@@ -131,6 +136,8 @@ def why_not(engine: str, dtype: str, device: torch.device, model: nn.Module) -> 
         return "CUDA graphs need a CUDA device"
     if engine in ("compile", "cudagraph", "aot"):
         return _why_not_compile(cuda, ahead_of_time=engine == "aot")
+    if engine == "openvino":
+        return _why_not_openvino(dtype, device)
     return _why_not_onnx(dtype, cuda) if engine == "onnx" else None
 
 
@@ -144,9 +151,8 @@ def _why_not_compile(cuda: bool, ahead_of_time: bool) -> str | None:
 
 
 def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        return f"pip install {' '.join(missing)}"
+    if missing := _missing("onnx", "onnxscript", "onnxruntime"):
+        return missing
     if dtype == "bf16":
         return "onnxruntime has no convolution in bf16"
     if cuda:
@@ -155,6 +161,21 @@ def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             return "pip install onnxruntime-gpu"
     return None
+
+
+def _why_not_openvino(dtype: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "OpenVINO runs on a CPU here"
+    if missing := _missing("onnx", "onnxscript", "openvino"):
+        return missing
+    if DTYPES[dtype] not in native_dtypes(device):
+        return f"OpenVINO computes in {dtype} only where the processor multiplies it"
+    return None
+
+
+def _missing(*packages: str) -> str | None:
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"pip install {' '.join(missing)}" if missing else None
 
 
 # ---- making an engine ----------------------------------------------------------------------------------------------
@@ -185,28 +206,29 @@ def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.devi
 
 def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path) -> Engine:
     # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
-    attention = {"eager": "reference", "onnx": "reference", "aot": "sdpa"}.get(engine, "auto")
+    attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
     if variant.kernels == "triton":
         from models.swinunetr.network import use_triton
 
         use_triton(network)
-    prepared = Prepared(network, dtype, variant.layout).eval()
+    # OpenVINO takes float32 weights and rounds by itself.
+    prepared = Prepared(network, "float32" if engine == "openvino" else dtype, variant.layout).eval()
     made = Engine(prepared, engine, dtype, variant.layout, variant.kernels, tuple(image.shape))
     if engine == "aot":
         path = cache / f"{_stem(model, engine, dtype, image, weights=True)}-{variant.layout}.pt2"
         header = header_of(model, dtype, variant.layout, image)
         return replace(made, run=compiled_ahead_of_time(prepared, image, path, header))
-    if engine == "onnx":
+    if engine in ("onnx", "openvino"):
         path = cache / f"{_stem(model, engine, dtype, image, weights=True)}.onnx"
-        return replace(made, run=exported_to_onnx(prepared, image, path, dtype))
+        return replace(made, run=exported_to_onnx(prepared, image, path, engine, dtype))
     if variant.compiled:
         made = replace(made, run=_compiled(prepared))
     return replace(made, run=_recorded(made, image)) if engine == "cudagraph" else made
 
 
 def _variants(model, engine: str, dtype: str, layout: str, image: Tensor, cache: Path) -> list[Variant]:
-    if engine == "onnx":
+    if engine in ("onnx", "openvino"):
         return [Variant("contiguous")]  # an ONNX tensor has no other
     if engine == "aot":
         return [_fastest(model, "compile", dtype, layout, image, cache)._replace(kernels="torch")]

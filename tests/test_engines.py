@@ -87,10 +87,25 @@ def test_the_unet_compiles_into_one_graph(unet, image):
         torch.testing.assert_close(torch.compile(unet, backend="eager", fullgraph=True)(image), unet(image))
 
 
-@pytest.mark.skipif(why_not("onnx", "float32", CPU, torch.nn.Identity()) is not None, reason="no onnxruntime")
-def test_an_onnx_file_labels_alike(swin, image, cache):
-    assert agreement(swin, load(swin, "onnx", cache), image) >= 0.999
-    assert len(list(cache.glob("*.onnx"))) == 1
+@pytest.mark.parametrize("network", ["unet", "swin"])
+@pytest.mark.parametrize(("engine", "dtype", "least"), [
+    ("onnx", "float32", 0.999), ("openvino", "float32", 0.999), ("openvino", "bf16", 0.99),
+])  # fmt: skip
+def test_an_onnx_file_labels_alike_and_holds_no_operator_of_ours(
+    request, image, tmp_path, network, engine, dtype, least
+):
+    model = request.getfixturevalue(network)
+    if reason := why_not(engine, dtype, CPU, model):
+        pytest.skip(reason)
+    loaded = load(model, engine, tmp_path, dtype)
+    other = torch.rand(SHAPE)
+    first = loaded(image)
+    assert agreement(model, loaded, image) >= least and agreement(model, loaded, other) >= least
+    torch.testing.assert_close(loaded(image), first)  # which the runs in between did not overwrite
+    import onnx
+
+    (path,) = tmp_path.glob("*.onnx")
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # of the ONNX standard
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -138,6 +153,12 @@ def exported(swin, image, cache):
 
 def test_an_exported_network_labels_alike(swin, image, exported):
     assert agreement(swin, load_exported(exported[0]), image) >= 0.999
+
+
+def test_an_exported_file_holds_no_operator_of_ours(exported):
+    with zipfile.ZipFile(exported[0]) as archive:
+        contents = [archive.read(name) for name in archive.namelist()]
+    assert not any(b"brats::" in content or b"swinunetr::" in content for content in contents)
 
 
 def test_an_exported_network_runs_without_the_model_code(image, exported, tmp_path):
@@ -218,9 +239,19 @@ def test_a_machine_without_a_compiler_says_so(swin, monkeypatch, tmp_path):
     assert why_not("fused", "float32", CPU, swin) is None
 
 
-def test_a_machine_without_onnx_names_the_packages(swin, monkeypatch):
+def test_a_machine_without_onnx_or_openvino_names_the_packages(swin, monkeypatch):
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert why_not("onnx", "float32", CPU, swin) == "pip install onnx onnxscript onnxruntime"
+    assert why_not("openvino", "float32", CPU, swin) == "pip install onnx onnxscript openvino"
+
+
+def test_openvino_computes_on_a_cpu_and_in_types_that_it_multiplies(swin, monkeypatch):
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
+    assert "CPU" in why_not("openvino", "float32", torch.device("cuda"), swin)
+    monkeypatch.setattr(engines, "native_dtypes", lambda device: {torch.float32})
+    assert "bf16 only where the processor multiplies it" in why_not("openvino", "bf16", CPU, swin)
+    monkeypatch.setattr(engines, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    assert why_not("openvino", "bf16", CPU, swin) is None
 
 
 @pytest.mark.parametrize(("engine", "dtype"), [("tensorrt", "float32"), ("eager", "int8")])
