@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SMALL = 20_480  # channels x depth x height up to which torch takes its fallback
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cannot look into this function
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
@@ -51,7 +52,7 @@ def _is_slow_in_torch(x: Tensor, module) -> bool:
         and module.groups == 1
         and module.dilation == (1, 1, 1)
         and not isinstance(module.padding, str)
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
