@@ -80,6 +80,14 @@ def add_device_arguments(parser):
                              "multiplies it and that is faster for training, else off")
 
 
+def add_engine_argument(parser):
+    # The names of models.engines.ENGINES, which cannot be imported here: it needs torch.
+    parser.add_argument("--engine", default="auto",
+                        choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino"),
+                        help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "
+                             "this CPU, else the modules")
+
+
 # ---- training flags ------------------------------------------------------------------------------------------------
 
 

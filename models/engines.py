@@ -33,6 +33,7 @@ from models import load_model
 from models.brats import InputError, write_atomically
 from models.device import native_dtypes
 from models.exports import FORMAT, compiled_ahead_of_time, exported_to_onnx, header_of, machine_of, read_header
+from models.inference import predict
 from models.speed import DTYPES, float32_multiplication, latencies_ms
 
 ENGINES = {
@@ -49,6 +50,7 @@ FALLBACK = {
     "fused": "eager",
 }  # fmt: skip
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last-3d": torch.channels_last_3d}
+TURNS = 3  # in which OpenVINO and the modules are compared
 CACHE = Path(".engines")  # compiled files and measured layouts; can be deleted at any time
 
 
@@ -68,7 +70,8 @@ class Engine:
     def __call__(self, image: Tensor) -> Tensor:
         if tuple(image.shape) != self.shape:
             raise InputError(f"this engine was made for images of {self.shape}, not {tuple(image.shape)}.")
-        with float32_multiplication(tf32=self.dtype == "tf32"):
+        own_type = torch.autocast(image.device.type, enabled=False)
+        with own_type, float32_multiplication(tf32=self.dtype == "tf32"):
             return self.run(image)
 
 
@@ -176,6 +179,44 @@ def _why_not_openvino(dtype: str, device: torch.device) -> str | None:
 def _missing(*packages: str) -> str | None:
     missing = [name for name in packages if find_spec(name) is None]
     return f"pip install {' '.join(missing)}" if missing else None
+
+
+def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE):
+    """What is to predict cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where it can run and
+    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`."""
+    dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
+    shape = (1, 4, size, size, size)
+    if engine != "auto":
+        return load_engine(model, engine, dtype, shape=shape, device=device, cache=cache)
+    if why_not("openvino", dtype, device, model):
+        return model
+    image = torch.rand(shape)
+    path = cache / f"{_stem(model, 'auto', dtype, image, weights=False)}.json"
+    median_ms = json.loads(path.read_text()) if path.is_file() else None
+    made = None
+    if median_ms is None or median_ms["openvino"] < median_ms["modules"]:
+        try:
+            made = load_engine(model, "openvino", dtype, shape=shape, cache=cache, fallback=False)
+        except Exception as error:
+            log(f"Warning: OpenVINO cannot run it ({' '.join(str(error).split())[:300]}).")
+            return model
+    if median_ms is None:
+        median_ms = _in_turns({"openvino": made, "modules": model}, image, amp_dtype)
+        write_atomically(path, json.dumps(median_ms))
+    fastest = min(median_ms, key=median_ms.get)
+    measured = ", ".join(f"{name} {ms:.0f} ms" for name, ms in median_ms.items())
+    log(f"{model.network} in {dtype}, {size}^3 voxels: {measured} (see {path}): taking {fastest}.")
+    return made if fastest == "openvino" else model
+
+
+def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
+    """The median milliseconds in which each network predicts; they take turns, so that other work on the machine
+    disturbs all of them."""
+    times = {name: [] for name in networks}
+    for _ in range(TURNS + 1):
+        for name, network in networks.items():
+            times[name] += latencies_ms(lambda one, by=network: predict(by, one[0], amp_dtype), [image], 1, warmup_s=0)
+    return {name: median(ms[1:]) for name, ms in times.items()}  # the first turn warms up
 
 
 # ---- making an engine ----------------------------------------------------------------------------------------------
