@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure how fast, how large and how exact the networks run, engine by engine.
 
-A row is a network, an engine, a number type, a batch and a size, in a process of its own. MONAI's Swin UNETR runs
-beside ours with the same weights; the U-Net is MONAI's own class. Engines: eager, fused, compile, cudagraph, aot, onnx.
-Types: float32, tf32, bf16, fp16. What this machine cannot run is listed with the reason. --out gets figures and a CSV
-named after device and torch, to which every run appends; the last line on stdout is one JSON object.
+A row is a network, an engine, a number type, a batch and a size, in a process of its own. MONAI's classes run beside
+ours with the same weights. Engines: eager, fused, compile, cudagraph, aot, onnx, openvino. Types: float32, tf32, bf16,
+fp16. What this machine cannot run is listed with the reason, and so is a type that it only emulates, which runs if
+--dtypes names it. --out gets figures and a CSV named after device and torch, to which every run appends; the last line
+on stdout is one JSON object.
 
   python benchmark_inference.py --case data/BraTS2021_Training_Data/BraTS2021_00000 --profile   (one GPU)
   python benchmark_inference.py --size 64 96 128 --batch-sizes 1 2 4 --engines fused cudagraph  (memory and throughput)
@@ -21,7 +22,6 @@ from pathlib import Path
 
 from models import cli
 
-MONAI = "monai-swinunetr"
 MONAI_ENGINES = ("eager", "fused", "compile")
 STAGES = ("load", "preprocess", "forward", "postprocess", "write")
 COLUMNS = (
@@ -35,7 +35,7 @@ COLUMNS = (
 
 def arguments():
     parser = cli.parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=("unet", "swinunetr", MONAI),
+    parser.add_argument("--models", nargs="+", choices=("unet", "swinunetr", "monai-unet", "monai-swinunetr"),
                         help="networks with random weights (default: all, or none if there is a --run)")
     parser.add_argument("--run", nargs="+", type=Path, default=[], dest="runs", metavar="RUN",
                         help="trained runs, or .pt2 files of the aot engine")
@@ -43,7 +43,7 @@ def arguments():
     parser.add_argument("--batch-sizes", nargs="+", type=cli.positive_int, default=[1], help="volumes per pass")
     parser.add_argument("--feature-size", type=cli.positive_int, help="of Swin UNETR (default: 48; on a CPU 24)")
     parser.add_argument("--engines", nargs="+", help="default: all")
-    parser.add_argument("--dtypes", nargs="+", help="number types (default: all that the device has)")
+    parser.add_argument("--dtypes", nargs="+", help="number types (default: all that the device multiplies)")
     parser.add_argument("--layout", choices=("auto", "contiguous", "channels-last-3d"), default="auto",
                         help="of memory; auto: measured, the faster one")
     parser.add_argument("--repeats", type=cli.positive_int, default=30, help="timed passes of a row")
@@ -73,12 +73,15 @@ def main() -> int:
         find_cases(args.case)
     jobs = make_jobs(args, choose_contestants(args))
     args.out.mkdir(parents=True, exist_ok=True)
-    ability = in_own_process({"task": "device", "device": args.device, "dtypes": sorted({j["dtype"] for j in jobs})})
+    measured = sorted({job["dtype"] for job in jobs if "status" not in job})
+    print(f"Measuring matrix products in {', '.join(measured)}, and copies ...", file=sys.stderr)
+    ability = in_own_process({"task": "device", "device": args.device, "dtypes": measured})
     if ability["status"] != "ok":
         raise InputError(f"--device {args.device}: {ability['status']}")
     table, earlier, common = open_table(args)
     rows = []
-    for job in tqdm(jobs, unit="row"):
+    for job in (progress := tqdm(jobs, unit="row")):
+        progress.set_description(f"{job['model']}, {job['engine']}, {job['dtype']}, {job['size']}³")
         result = {"status": job["status"]} if "status" in job else in_own_process(job)
         rows.append(make_row(job, result, ability, COLUMNS) | common)
         add_ratios(rows)
@@ -95,15 +98,23 @@ def main() -> int:
 
 def choose_contestants(args) -> list[dict]:
     """The networks of this run: `model` is what a row is called, `network` what it is, `source` its weights."""
-    chosen = [contestant_of(run, args) for run in args.runs]
-    wanted = args.models or ([MONAI] if args.runs else ["unet", "swinunetr", MONAI])
+    from models.benchmark import MONAI
+    from models.brats import InputError
+
     settings = {"unet": {}, "swinunetr": {"feature_size": args.feature_size}}
-    fresh = {name: {"model": name, "network": name, "config": settings[name]} for name in settings}
-    chosen += [fresh[name] for name in wanted if name != MONAI]
-    ours = [one for one in chosen if one["network"] == "swinunetr" and "engines" not in one]
+    fresh = {name: {"model": name, "network": name, "config": config} for name, config in settings.items()}
+    twins = [MONAI + name for name in fresh]
+    wanted = args.models or (twins if args.runs else [*fresh, *twins])
+    chosen = [contestant_of(run, args) for run in args.runs] + [fresh[name] for name in fresh if name in wanted]
     engines = [engine for engine in MONAI_ENGINES if engine in (args.engines or MONAI_ENGINES)]
-    if MONAI in wanted and engines and (ours or args.models):
-        chosen.append({**(ours or [fresh["swinunetr"]])[0], "model": MONAI, "engines": engines})
+    if not engines and set(twins) & set(args.models or ()):
+        raise InputError(f"--engines {' '.join(args.engines)}: MONAI's networks run in {', '.join(MONAI_ENGINES)}.")
+    for name in fresh:
+        if engines and MONAI + name in wanted:
+            ours = [one for one in chosen if one["network"] == name and "engines" not in one]
+            ours = ours or [fresh[name]] * bool(args.models)
+            alike = {json.dumps(one["config"]): one for one in ours}  # one of MONAI's for all that are as large
+            chosen += [{**one, "model": MONAI + one["model"], "engines": engines} for one in alike.values()]
     return chosen
 
 
@@ -147,6 +158,7 @@ def make_jobs(args, contestants: list[dict]) -> list[dict]:
     from models import size_multiple
     from models.benchmark import cost_of, make_network
     from models.brats import InputError
+    from models.device import native_dtypes
     from models.engines import DTYPES, ENGINES, why_not
 
     device, jobs, reasons = torch.device(args.device), [], {}
@@ -161,13 +173,18 @@ def make_jobs(args, contestants: list[dict]) -> list[dict]:
         cost = {size: cost_of(network, size) for size in args.size}
         engines = one.get("engines") or args.engines or ENGINES
         possible = [dtype for dtype in DTYPES if why_not("eager", dtype, device, network) is None]
+        native = [dtype for dtype in possible if DTYPES[dtype] in native_dtypes(device)]
+        job = {**shared, "layout": args.layout, **one}
         for size, batch, engine in product(args.size, args.batch_sizes, engines):
-            for dtype in one.get("dtypes") or args.dtypes or possible:
+            for dtype in one.get("dtypes") or args.dtypes or native:
                 reason = why_not(engine, dtype, device, network)
                 reasons.setdefault(f"--engines {engine} --dtypes {dtype}", []).append(reason)
-                job = {**shared, "layout": args.layout, **one, **cost[size]}
-                job |= {"size": size, "batch": batch, "engine": engine, "dtype": dtype}
-                jobs.append(job | ({"status": f"not run: {reason}"} if reason else {}))
+                setting = {"size": size, "batch": batch, "engine": engine, "dtype": dtype, **cost[size]}
+                jobs.append(job | setting | ({"status": f"not run: {reason}"} if reason else {}))
+        if not (one.get("dtypes") or args.dtypes):
+            setting = {"size": args.size[0], "batch": args.batch_sizes[0], "engine": "all", **cost[args.size[0]]}
+            jobs += [job | setting | {"dtype": dtype, "status": "not run: emulated on this processor"}
+                     for dtype in possible if dtype not in native]
     if args.engines or args.dtypes:
         for flags, given in reasons.items():
             if all(given):
@@ -262,7 +279,7 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
 
 def profiles(jobs: list[dict], rows: list[dict], table: Path) -> dict[str, dict[str, dict[str, float]]]:
     """For each network, where the time goes in MONAI's class, eager in float32, and in the fastest engine of ours."""
-    from models.benchmark import in_own_process, is_baseline
+    from models.benchmark import MONAI, in_own_process, is_baseline
     from models.benchmark_plots import row_name
 
     spent = {}
@@ -270,7 +287,7 @@ def profiles(jobs: list[dict], rows: list[dict], table: Path) -> dict[str, dict[
     for network in dict.fromkeys(job["network"] for _, job in measured):
         of_network = [(ms, job) for ms, job in measured if job["network"] == network and job["size"] == jobs[0]["size"]]
         before = [one for one in of_network if is_baseline(one[1])]
-        after = [one for one in of_network if one[1]["model"] != MONAI]
+        after = [one for one in of_network if not one[1]["model"].startswith(MONAI)]
         for when, chosen in (("before", before), ("after", after)):
             if chosen:
                 job = min(chosen, key=lambda one: one[0])[1]

@@ -34,6 +34,7 @@ def arguments():
                         help="write the predictions here, on the original grid with the original label values")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation-<split>/ in the first run)")
     cli.add_device_arguments(parser)
+    cli.add_engine_argument(parser)
     return parser.parse_args()
 
 
@@ -157,13 +158,16 @@ def score_run(run: str, members: list, data: Path, names, raw, args, device):
     from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
     from models.device import inference_dtype
+    from models.engines import choose_engine
     from models.inference import predict
     from models.preprocessing import label_map, native_label_map, network_spacing_mm
 
     dtypes = [inference_dtype(args.amp, checkpoint.get("amp", "off"), device) for _, checkpoint in members]
     first = load_case(data / f"{names[0]}.pt")["image"].to(device)
-    for (model, _), dtype in zip(members, dtypes, strict=True):
-        predict(model, first, dtype)  # the first pass of a process is slower: it is not timed
+    networks = [choose_engine(model, args.engine, dtype, first.shape[-1], device)
+                for (model, _), dtype in zip(members, dtypes, strict=True)]  # fmt: skip
+    for network, dtype in zip(networks, dtypes, strict=True):
+        predict(network, first, dtype)  # the first pass of a process is slower: it is not timed
     rows, maps, seconds = [], {}, []
     for name in tqdm(names, desc=run, unit="case"):
         case = load_case(data / f"{name}.pt")
@@ -171,7 +175,7 @@ def score_run(run: str, members: list, data: Path, names, raw, args, device):
             raise InputError(f"{data / name}.pt: has no label, so it cannot be scored.")
         image = case["image"].to(device)
         start = time.perf_counter()
-        predicted = [predict(model, image, dtype, args.tta) for (model, _), dtype in zip(members, dtypes, strict=True)]
+        predicted = [predict(network, image, dtype, args.tta) for network, dtype in zip(networks, dtypes, strict=True)]
         probabilities = sum(predicted) / len(predicted)  # [4, D, H, W]
         prediction = label_map(probabilities).cpu()  # waits for the device
         seconds.append(time.perf_counter() - start)

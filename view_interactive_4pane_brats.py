@@ -37,13 +37,14 @@ def arguments():
                         "posterior or left end (default: the one with the most tumour)")
     parser.add_argument("--save", type=Path, metavar="PNG", help="write this picture and open no window")
     cli.add_device_arguments(parser)
+    cli.add_engine_argument(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
     from models.brats import InputError
-    from models.live import Session, open_run, refuse_other_size, segment
+    from models.live import Session, open_run, refuse_other_size, segment, with_engine
     from models.scene import with_prediction
     from models.viewer import Viewer, new_figure
 
@@ -57,6 +58,7 @@ def main() -> int:
         scene = with_prediction(scene, read_prediction(args.prediction, scene))
     if run:
         refuse_other_size(scene, run)
+        run = with_engine(run, args.engine)
     figure = new_figure(with_window=not args.save)
     if run and args.save:
         scene = segment(scene, run)

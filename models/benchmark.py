@@ -31,7 +31,7 @@ from models.speed import (
     unavoidable_values,
 )
 
-MONAI = "monai-swinunetr"
+MONAI = "monai-"  # before the name of a network: MONAI's own class with the same weights
 IMAGES = 3  # inputs that the passes take in turn: more than a cache holds
 CASE_REPEATS = 3  # of the way from the files of a case to a label map on disk, after one that does not count
 
@@ -83,7 +83,7 @@ def measure_row(job: dict) -> dict:
     if job["profile"] and device.type == "cpu":
         torch._inductor.config.cpp.enable_kernel_profile = True  # or a compiled network is one block in the profile
     network = None if exported(job) else make_network(job)
-    if job["model"] == MONAI:
+    if job["model"].startswith(MONAI):
         network = monai_twin(network)
     setting = {"shape": shape, "device": device, "cache": Path(job["cache"]), "fallback": False}
     engine = load_engine(network or job["source"], job["engine"], job["dtype"], job["layout"], **setting)
@@ -115,13 +115,15 @@ def make_network(job: dict) -> torch.nn.Module:
 
 
 def monai_twin(model: torch.nn.Module) -> torch.nn.Module:
-    """MONAI's Swin UNETR with the weights of ours."""
-    from monai.networks.nets import SwinUNETR
+    """MONAI's own class, as it comes, with the weights of ours."""
+    from monai.networks.nets import SwinUNETR, UNet
 
-    config = {key: model.config[key] for key in ("feature_size", "window_size", "depths", "num_heads")}
-    twin = SwinUNETR(model.config["in_channels"], model.config["out_channels"], **config)
+    keys = {"unet": model.config.keys(),
+            "swinunetr": ("in_channels", "out_channels", "feature_size", "window_size", "depths", "num_heads")}
+    config = {key: model.config[key] for key in keys[model.network]}
+    twin = {"unet": UNet, "swinunetr": SwinUNETR}[model.network](spatial_dims=3, **config)
     twin.load_state_dict(model.state_dict(), strict=True)
-    twin.network, twin.config = MONAI, config
+    twin.network, twin.config = MONAI + model.network, config
     return twin.eval()
 
 
@@ -172,10 +174,11 @@ def make_row(job: dict, result: dict, ability: dict, columns) -> dict:
     """A row of the table from a job, what came of it, and what the device can do."""
     known = {key: value for key, value in (job | result).items() if key in columns}
     row = dict.fromkeys(columns) | known | {key: result.get(key) for key in ("repeats", "layout")}  # the job has wishes
-    peak, bandwidth = ability["peak_tflops"][job["dtype"]], ability["bandwidth_gb_s"]
+    peak, bandwidth = ability["peak_tflops"].get(job["dtype"]), ability["bandwidth_gb_s"]
     macs, values = job["macs"] * job["batch"], job["values"] * job["batch"]
     row |= {"gmac_per_volume": job["macs"] / 1e9, "matrix_peak_tflops": peak, "bandwidth_gb_s": bandwidth}
-    row["floor_ms"] = floor_ms(macs, values, DTYPES[job["dtype"]].itemsize, peak, bandwidth)
+    if peak is not None:  # a type in which no row runs is not measured
+        row["floor_ms"] = floor_ms(macs, values, DTYPES[job["dtype"]].itemsize, peak, bandwidth)
     if row["status"] == "ok":
         row["volumes_per_s"] = 1e3 * job["batch"] / row["p50_ms"]
         row["matrix_peak_share"] = 2 * macs / (1e9 * row["p50_ms"]) / peak
@@ -183,20 +186,21 @@ def make_row(job: dict, result: dict, ability: dict, columns) -> dict:
 
 
 def add_ratios(rows: list[dict]):
-    """How many times faster than the baseline, at the same size and batch in the same run."""
+    """How many times faster than MONAI's class of the same width, at the same size and batch in the same run."""
+    alike = ("network", "parameters", "size", "batch")
     baselines = {}
     for row in rows:
         if row["status"] == "ok" and is_baseline(row):
-            baselines.setdefault((row["network"], row["size"], row["batch"]), row["p50_ms"])
+            baselines.setdefault(tuple(row[key] for key in alike), row["p50_ms"])
     for row in rows:
-        baseline = baselines.get((row["network"], row["size"], row["batch"]))
+        baseline = baselines.get(tuple(row[key] for key in alike))
         if baseline and row["status"] == "ok":
             row["times_faster_than_monai_eager"] = baseline / row["p50_ms"]
 
 
 def is_baseline(row: dict) -> bool:
-    """Whether this is MONAI's class, eager in float32; the U-Net is MONAI's own class in any case."""
-    return (row["engine"], row["dtype"]) == ("eager", "float32") and (row["model"] == MONAI or row["network"] == "unet")
+    """Whether this is MONAI's class as it comes: eager, in float32."""
+    return row["model"].startswith(MONAI) and (row["engine"], row["dtype"]) == ("eager", "float32")
 
 
 def latest_rows(table: Path) -> list[dict]:

@@ -7,7 +7,7 @@ from models.plots import _patch, _save, _subplots
 # Okabe & Ito's colours, told apart by people who see red and green alike
 ENGINE_COLORS = {
     "eager": "#999999", "fused": "#56B4E9", "compile": "#0072B2", "cudagraph": "#009E73", "aot": "#CC79A7",
-    "onnx": "#E69F00",
+    "onnx": "#E69F00", "openvino": "#D55E00",
 }  # fmt: skip
 STAGE_COLORS = ("#56B4E9", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999")
 DTYPE_LINES = {"float32": "-", "tf32": "-.", "bf16": "--", "fp16": ":"}

@@ -86,6 +86,14 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def add_engine_argument(parser):
+    # The names of models.engines.ENGINES, which cannot be imported here: it needs torch.
+    parser.add_argument("--engine", default="auto",
+                        choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino"),
+                        help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "
+                             "this CPU, else the modules")
+
+
 # ---- training flags ------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,9 @@ from tqdm import tqdm
 
 from models import load_model
 from models.brats import InputError, write_atomically
+from models.device import native_dtypes
 from models.exports import FORMAT, compiled_ahead_of_time, exported_to_onnx, header_of, machine_of, read_header
+from models.inference import predict
 from models.speed import DTYPES, float32_multiplication, latencies_ms
 
 ENGINES = {
@@ -41,9 +43,14 @@ ENGINES = {
     "cudagraph": "the compiled network recorded as one CUDA graph",
     "aot": "compiled ahead of time to a .pt2 file, which runs without the model code",
     "onnx": "exported to an .onnx file, run by onnxruntime",
+    "openvino": "exported to an .onnx file, run by OpenVINO (CPU only)",
 }
-FALLBACK = {"cudagraph": "compile", "aot": "compile", "compile": "fused", "onnx": "fused", "fused": "eager"}
+FALLBACK = {
+    "cudagraph": "compile", "aot": "compile", "compile": "fused", "onnx": "fused", "openvino": "fused",
+    "fused": "eager",
+}  # fmt: skip
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last-3d": torch.channels_last_3d}
+TURNS = 3  # in which OpenVINO and the modules are compared
 CACHE = Path(".engines")  # compiled files and measured layouts; can be deleted at any time
 
 
@@ -63,7 +70,8 @@ class Engine:
     def __call__(self, image: Tensor) -> Tensor:
         if tuple(image.shape) != self.shape:
             raise InputError(f"this engine was made for images of {self.shape}, not {tuple(image.shape)}.")
-        with float32_multiplication(tf32=self.dtype == "tf32"):
+        own_type = torch.autocast(image.device.type, enabled=False)
+        with own_type, float32_multiplication(tf32=self.dtype == "tf32"):
             return self.run(image)
 
 
@@ -131,6 +139,8 @@ def why_not(engine: str, dtype: str, device: torch.device, model: nn.Module) -> 
         return "CUDA graphs need a CUDA device"
     if engine in ("compile", "cudagraph", "aot"):
         return _why_not_compile(cuda, ahead_of_time=engine == "aot")
+    if engine == "openvino":
+        return _why_not_openvino(dtype, device)
     return _why_not_onnx(dtype, cuda) if engine == "onnx" else None
 
 
@@ -144,9 +154,8 @@ def _why_not_compile(cuda: bool, ahead_of_time: bool) -> str | None:
 
 
 def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        return f"pip install {' '.join(missing)}"
+    if missing := _missing("onnx", "onnxscript", "onnxruntime"):
+        return missing
     if dtype == "bf16":
         return "onnxruntime has no convolution in bf16"
     if cuda:
@@ -155,6 +164,59 @@ def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             return "pip install onnxruntime-gpu"
     return None
+
+
+def _why_not_openvino(dtype: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "OpenVINO runs on a CPU here"
+    if missing := _missing("onnx", "onnxscript", "openvino"):
+        return missing
+    if DTYPES[dtype] not in native_dtypes(device):
+        return f"OpenVINO computes in {dtype} only where the processor multiplies it"
+    return None
+
+
+def _missing(*packages: str) -> str | None:
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"pip install {' '.join(missing)}" if missing else None
+
+
+def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE):
+    """What is to predict cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where it can run and
+    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`."""
+    dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
+    shape = (1, 4, size, size, size)
+    if engine != "auto":
+        return load_engine(model, engine, dtype, shape=shape, device=device, cache=cache)
+    if why_not("openvino", dtype, device, model):
+        return model
+    image = torch.rand(shape)
+    path = cache / f"{_stem(model, 'auto', dtype, image, weights=False)}.json"
+    median_ms = json.loads(path.read_text()) if path.is_file() else None
+    made = None
+    if median_ms is None or median_ms["openvino"] < median_ms["modules"]:
+        try:
+            made = load_engine(model, "openvino", dtype, shape=shape, cache=cache, fallback=False)
+        except Exception as error:
+            log(f"Warning: OpenVINO cannot run it ({' '.join(str(error).split())[:300]}).")
+            return model
+    if median_ms is None:
+        median_ms = _in_turns({"openvino": made, "modules": model}, image, amp_dtype)
+        write_atomically(path, json.dumps(median_ms))
+    fastest = min(median_ms, key=median_ms.get)
+    measured = ", ".join(f"{name} {ms:.0f} ms" for name, ms in median_ms.items())
+    log(f"{model.network} in {dtype}, {size}^3 voxels: {measured} (see {path}): taking {fastest}.")
+    return made if fastest == "openvino" else model
+
+
+def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
+    """The median milliseconds in which each network predicts; they take turns, so that other work on the machine
+    disturbs all of them."""
+    times = {name: [] for name in networks}
+    for _ in range(TURNS + 1):
+        for name, network in networks.items():
+            times[name] += latencies_ms(lambda one, by=network: predict(by, one[0], amp_dtype), [image], 1, warmup_s=0)
+    return {name: median(ms[1:]) for name, ms in times.items()}  # the first turn warms up
 
 
 # ---- making an engine ----------------------------------------------------------------------------------------------
@@ -185,28 +247,29 @@ def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.devi
 
 def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path) -> Engine:
     # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
-    attention = {"eager": "reference", "onnx": "reference", "aot": "sdpa"}.get(engine, "auto")
+    attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
     if variant.kernels == "triton":
         from models.swinunetr.network import use_triton
 
         use_triton(network)
-    prepared = Prepared(network, dtype, variant.layout).eval()
+    # OpenVINO takes float32 weights and rounds by itself.
+    prepared = Prepared(network, "float32" if engine == "openvino" else dtype, variant.layout).eval()
     made = Engine(prepared, engine, dtype, variant.layout, variant.kernels, tuple(image.shape))
     if engine == "aot":
         path = cache / f"{_stem(model, engine, dtype, image, weights=True)}-{variant.layout}.pt2"
         header = header_of(model, dtype, variant.layout, image)
         return replace(made, run=compiled_ahead_of_time(prepared, image, path, header))
-    if engine == "onnx":
+    if engine in ("onnx", "openvino"):
         path = cache / f"{_stem(model, engine, dtype, image, weights=True)}.onnx"
-        return replace(made, run=exported_to_onnx(prepared, image, path, dtype))
+        return replace(made, run=exported_to_onnx(prepared, image, path, engine, dtype))
     if variant.compiled:
         made = replace(made, run=_compiled(prepared))
     return replace(made, run=_recorded(made, image)) if engine == "cudagraph" else made
 
 
 def _variants(model, engine: str, dtype: str, layout: str, image: Tensor, cache: Path) -> list[Variant]:
-    if engine == "onnx":
+    if engine in ("onnx", "openvino"):
         return [Variant("contiguous")]  # an ONNX tensor has no other
     if engine == "aot":
         return [_fastest(model, "compile", dtype, layout, image, cache)._replace(kernels="torch")]

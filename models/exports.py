@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -68,15 +69,19 @@ def compiled_ahead_of_time(prepared: nn.Module, image: Tensor, path: Path, heade
     return torch._inductor.aoti_load_package(str(path))
 
 
-def exported_to_onnx(prepared: nn.Module, image: Tensor, path: Path, dtype: str) -> Callable:
+def exported_to_onnx(prepared: nn.Module, image: Tensor, path: Path, engine: str, dtype: str) -> Callable:
+    """The network in an `.onnx` file, run by onnxruntime (engine "onnx") or by OpenVINO (engine "openvino")."""
+    session = {"onnx": _onnx_session, "openvino": _openvino_session}[engine]
     if not path.is_file():
         temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
         on_cpu = deepcopy(prepared).cpu()
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
-        torch.onnx.export(on_cpu, (image.cpu(),), str(temporary), dynamo=True, external_data=False, verbose=False)
-        check_export(_onnx_session(temporary, image, dtype), prepared, image, dtype, temporary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own deprecated parts
+            torch.onnx.export(on_cpu, (image.cpu(),), str(temporary), dynamo=True, external_data=False, verbose=False)
+        check_export(session(temporary, image, dtype), prepared, image, dtype, temporary)
         os.replace(temporary, path)
-    return _onnx_session(path, image, dtype)
+    return session(path, image, dtype)
 
 
 def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
@@ -105,6 +110,19 @@ def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
         return logits
 
     return run_on_gpu
+
+
+def _openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
+    import openvino
+
+    settings = {
+        # Without this hint OpenVINO computes in bf16 wherever the processor has it.
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    return lambda image: torch.from_numpy(request.infer([image.contiguous().numpy()], share_inputs=True)[0])
 
 
 def check_export(run: Callable, prepared: nn.Module, image: Tensor, dtype: str, path: Path):

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,8 @@ POLL_MS = 150  # between two checks of the thread
 
 @dataclass(frozen=True)
 class Run:
-    """A trained network in evaluation mode, and its cases: cubes of `size` voxels, from a spacing of `spacing_mm`."""
+    """A trained network in evaluation mode, or an engine, and its cases: cubes of `size` voxels, from a spacing of
+    `spacing_mm`."""
 
     name: str
     model: object
@@ -47,6 +48,13 @@ def open_run(path: Path, device: str, amp: str) -> Run:
         raise InputError(f"{described}: lacks {' and '.join(sorted(missing))} of the cases it was trained on.")
     amp_dtype = inference_dtype(amp, checkpoint.get("amp", "off"), device)
     return Run(folder.name, model, config["size"][0], config["spacing_mm"], device, amp_dtype)
+
+
+def with_engine(run: Run, engine: str) -> Run:
+    """The run with an engine in place of its network, as --engine says; making one can take a minute."""
+    from models.engines import choose_engine
+
+    return replace(run, model=choose_engine(run.model, engine, run.amp_dtype, run.size, run.device))
 
 
 def refuse_other_size(scene: Scene, run: Run):
@@ -80,7 +88,9 @@ def segment(scene: Scene, run: Run, report=lambda stage: None) -> Scene:
     image = image.to(run.device)
     times.append(time.perf_counter())
     in_network = partial(report, "segmenting: network")
-    hooks = [module.register_forward_pre_hook(lambda *_: in_network()) for module in run.model.modules()]
+    in_network()
+    layers = run.model.modules() if isinstance(run.model, torch.nn.Module) else ()  # an engine is a single step
+    hooks = [module.register_forward_pre_hook(lambda *_: in_network()) for module in layers]
     try:
         probabilities = predict(run.model, image, run.amp_dtype)  # [4, D, H, W]
     finally:

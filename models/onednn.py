@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 SMALL = 20_480  # channels x depth x height up to which torch takes its fallback
 WRONG_DEPTH = 2  # at which the weight gradient in bfloat16 is wrong
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile cannot look into this function
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
@@ -57,7 +58,7 @@ def _is_slow_in_torch(x: Tensor, module) -> bool:
         and module.groups == 1
         and module.dilation == (1, 1, 1)
         and not isinstance(module.padding, str)
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )

@@ -22,6 +22,7 @@ from models.device import synchronise
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_REPEATS = 5
 WARMUP_S = 0.3
+PEAK_S = 3.0  # in which the peak of a number type has to be found
 TRAFFIC_OPERATIONS = ("convolution", "mm", "addmm")
 CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pattern that its name matches
     "attention": r"attention|fmha|flash|softmax|\bbmm|baddbmm",
@@ -45,16 +46,21 @@ def float32_multiplication(tf32: bool):
 
 
 def latencies_ms(
-    run: Callable, images: list, repeats: int = 30, max_seconds: float = math.inf, min_repeats: int = MIN_REPEATS
+    run: Callable,
+    images: list,
+    repeats: int = 30,
+    max_seconds: float = math.inf,
+    min_repeats: int = MIN_REPEATS,
+    warmup_s: float = WARMUP_S,
 ) -> list[float]:
     """Milliseconds of each of `repeats` runs that take the images in turn, the device idle before and after each.
 
-    Runs that do not count come first, for WARMUP_S and one at least: caches fill, and a GPU raises its clock. When the
+    Runs that do not count come first, until `warmup_s` is over: caches fill, and a GPU raises its clock. When the
     others last longer than `max_seconds` in all, there are fewer, down to `min_repeats`.
     """
     device = images[0].device
     began = time.perf_counter()
-    while time.perf_counter() - began < WARMUP_S:
+    while time.perf_counter() - began < warmup_s:
         run(images[-1])
         synchronise(device)
     times, began = [], time.perf_counter()
@@ -88,14 +94,27 @@ def summary_of(times_ms: list[float]) -> dict[str, float]:
 
 
 def matrix_peak_tflops(dtype: str, device: torch.device) -> float:
-    """The most that products of two large square matrices reach, in 10^12 operations per second (two per MAC)."""
-    best = 0.0
-    for side in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
+    """The most that products of two square matrices reach, in 10^12 operations per second (two per MAC).
+
+    The side doubles while the next products, predicted from the last ones, fit into PEAK_S: in a type that the device
+    only emulates, one large product can take a minute.
+    """
+    largest = 16384 if device.type == "cuda" else 2048
+    best, side, began = 0.0, 256, None
+    while side <= largest:
         # Random numbers: a GPU that multiplies zeros draws less power and runs faster.
         a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
         with float32_multiplication(tf32=dtype == "tf32"):
-            times = latencies_ms(lambda _, a=a, b=b: a @ b, [a, b], repeats=30, max_seconds=2)
+            (a @ b).sum().item()  # libraries load at the first use
+            began = began or time.perf_counter()
+            counts = 4 * side >= largest  # the smaller ones only lead there
+            timing = {"repeats": 30, "max_seconds": 0.5} if counts else {"repeats": 2, "warmup_s": 0}
+            times = latencies_ms(lambda _, a=a, b=b: a @ b, [a, b], min_repeats=1, **timing)
         best = max(best, 2 * side**3 / (1e9 * min(times)))
+        next_s = 8 * min(times) / 1e3
+        if time.perf_counter() - began + 3 * max(next_s, 0.3) > PEAK_S:  # loading, warming up, and one that counts
+            break
+        side *= 2
     return best
 
 
@@ -103,7 +122,7 @@ def copy_bandwidth_gb_s(device: torch.device) -> float:
     """Bytes read plus bytes written per second by a copy that no cache holds, in 10^9."""
     count = 2**28 if device.type == "cuda" else 2**26
     source, target = torch.randn(count, device=device), torch.empty(count, device=device)
-    times = latencies_ms(lambda _: target.copy_(source), [source, source], repeats=20, max_seconds=2)
+    times = latencies_ms(lambda _: target.copy_(source), [source, source], repeats=20, max_seconds=1, min_repeats=1)
     return 2 * source.nbytes / (1e6 * min(times))
 
 

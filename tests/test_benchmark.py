@@ -43,7 +43,8 @@ def trained(tmp_path_factory):
 def first(raw, trained, tmp_path_factory):
     """A folder in which the script has measured the run, and what it printed."""
     folder = tmp_path_factory.mktemp("benchmark")
-    options = (*SMALL, "--run", trained, "--dtypes", "float32", "--repeats", 6, "--max-seconds", 60, "--profile")
+    options = ("--models", "unet", "monai-unet", *SMALL[2:], "--run", trained, "--dtypes", "float32", "--repeats", 6)
+    options += ("--max-seconds", 60, "--profile")
     options += ("--case", raw / "BraTS2021_00000")
     return folder, run_script(SCRIPT, *options, cwd=folder)
 
@@ -59,7 +60,7 @@ def rows_of(folder):
 def test_every_setting_is_a_row_with_its_measurements(first):
     folder, _ = first
     measured = [row for row in rows_of(folder) if row["status"] == "ok"]
-    assert [row["model"] for row in measured] == ["unet-first", "unet"]
+    assert [row["model"] for row in measured] == ["unet-first", "unet", "monai-unet-first", "monai-unet"]
     for row in measured:
         times = [float(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms")]
         assert 0 < times[0] <= times[1] <= times[2] and row["repeats"] == "6"
@@ -70,14 +71,20 @@ def test_every_setting_is_a_row_with_its_measurements(first):
         assert 0.05 < float(row["peak_gib"]) < 8 and float(row["first_use_s"]) > 0
         assert all(float(row[f"{stage}_ms"]) > 0 for stage in ("load", "preprocess", "forward", "postprocess", "write"))
         assert float(row["label_agreement"]) >= 0.999 and float(row["max_logit_difference"]) < 1e-3
-        assert row["dice"] == ("0.6" if row["model"] == "unet-first" else "")
+        assert row["dice"] == ("0.6" if row["model"].endswith("unet-first") else "")
         assert "--case" in row["command"] and row["date"] and row["torch"] == torch.__version__
 
 
-def test_what_this_machine_cannot_run_is_listed_with_the_reason(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, SMALL[:4]), "--device", "cpu"])
+def jobs_of(monkeypatch, *options):
+    """The rows that the script would measure."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, options)])
     args = benchmark_inference.arguments()
-    jobs = benchmark_inference.make_jobs(args, [{"model": "unet", "network": "unet", "config": {}}])
+    return benchmark_inference.make_jobs(args, benchmark_inference.choose_contestants(args))
+
+
+def test_what_this_machine_cannot_run_is_listed_with_the_reason(monkeypatch):
+    monkeypatch.setattr("models.device.native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    jobs = jobs_of(monkeypatch, *SMALL[:4], "--device", "cpu")
     assert {(job["engine"], job["dtype"]) for job in jobs} == {
         (engine, dtype) for engine in ENGINES for dtype in ("float32", "bf16")
     }
@@ -86,18 +93,38 @@ def test_what_this_machine_cannot_run_is_listed_with_the_reason(monkeypatch):
     assert reasons["fused"] == "not run: the network has no attention" and "eager" not in reasons
 
 
-def test_monai_runs_beside_our_swin_unetr_with_the_same_weights(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--feature-size", "12"])
+def test_a_type_that_is_only_emulated_is_listed_and_runs_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("models.device.native_dtypes", lambda device: {torch.float32})
+    emulated = [job for job in jobs_of(monkeypatch, *SMALL) if job["dtype"] == "bf16"]
+    assert [job["status"] for job in emulated] == ["not run: emulated on this processor"]
+    (asked,) = jobs_of(monkeypatch, *SMALL, "--dtypes", "bf16")
+    assert asked["dtype"] == "bf16" and "status" not in asked
+
+
+def test_monais_classes_run_beside_ours_with_the_same_weights(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--feature-size", "12", "--size", "32"])
     chosen = benchmark_inference.choose_contestants(benchmark_inference.arguments())
-    assert [one["model"] for one in chosen] == ["unet", "swinunetr", benchmark.MONAI]
-    assert chosen[2]["config"] == chosen[1]["config"] == {"feature_size": 12}
-    assert chosen[2]["engines"] == ["eager", "fused", "compile"]
+    assert [one["model"] for one in chosen] == ["unet", "swinunetr", "monai-unet", "monai-swinunetr"]
+    assert chosen[3]["config"] == chosen[1]["config"] == {"feature_size": 12}
+    assert chosen[3]["engines"] == ["eager", "fused", "compile"]
+
+
+def test_runs_of_different_width_each_have_their_own_of_monai(trained, tmp_path, monkeypatch):
+    wide = dict(torch.load(trained / "best.pt", weights_only=True))
+    wide["config"] = wide["config"] | {"channels": [8, 16, 32, 64, 128]}
+    for name, checkpoint in (("wide", wide), ("again", wide)):
+        (tmp_path / name).mkdir()
+        torch.save(checkpoint, tmp_path / name / "best.pt")
+    runs = [trained, tmp_path / "wide", tmp_path / "again"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--size", "32", "--run", *map(str, runs)])
+    chosen = benchmark_inference.choose_contestants(benchmark_inference.arguments())
+    assert [one["source"] for one in chosen if one["model"].startswith("monai-")] == [str(trained), str(runs[2])]
 
 
 def test_the_last_line_is_json_and_names_the_table(first):
     folder, printed = first
     result = json.loads(printed.stdout.splitlines()[-1])
-    assert (result["rows"], result["measured"]) == (2, 2)
+    assert (result["rows"], result["measured"]) == (4, 4)
     assert (folder / result["csv"]).is_file()
     assert result["fastest"]["unet-first"]["p50_ms"] == pytest.approx(float(rows_of(folder)[0]["p50_ms"]), rel=1e-4)
 
@@ -123,7 +150,7 @@ def test_the_figures_and_the_profile_are_there(first):
 def test_a_second_run_is_appended_and_adds_the_figure_over_the_batch(first):
     folder, _ = first
     before = len(rows_of(folder))
-    printed = run_script(SCRIPT, *SMALL, "--dtypes", "bf16", "--batch-sizes", 1, 2, "--repeats", 5, cwd=folder)
+    printed = run_script(SCRIPT, *SMALL, "--dtypes", "float32", "--batch-sizes", 1, 2, "--repeats", 5, cwd=folder)
     rows = rows_of(folder)
     assert [row["batch"] for row in rows[before:]] == ["1", "2"]
     assert rows[0]["model"] == "unet-first" and all(float(row["label_agreement"]) >= 0.99 for row in rows[before:])
@@ -135,6 +162,7 @@ REFUSED = [
     (("--dtypes", "int8"), "there is no 'int8'. There are: float32"),
     (("--dtypes", "fp16", "--device", "cpu"), "--dtypes fp16: cannot run here: fp16 is offered on CUDA only"),
     (("--engines", "cudagraph", "--device", "cpu"), "--engines cudagraph --dtypes float32: cannot run here: CUDA"),
+    (("--models", "monai-swinunetr", "--engines", "aot"), "--engines aot: MONAI's networks run in eager, fused"),
     (("--size", "16"), "--size 16: unet cannot run on it (Expected more than 1 spatial element"),
     (("--size", "40"), "--size 40: unet needs a multiple of 16"),
     (("--case", "nowhere"), "nowhere: no such folder"),
@@ -186,24 +214,30 @@ def test_a_process_that_the_system_killed_was_out_of_memory(monkeypatch):
     assert benchmark.result_of(3, "") == {"status": "failed: the process ended with exit status 3"}
 
 
-def test_monai_gets_our_weights():
-    ours = build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1)).eval()
+@pytest.mark.parametrize(("network", "config"), [
+    ("unet", {"channels": (8, 16, 32, 64, 128)}), ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1)}),
+])  # fmt: skip
+def test_monais_class_as_it_comes_gets_our_weights(network, config):
+    ours = build_model(network, **config).eval()
     twin = benchmark.monai_twin(ours)
     assert type(twin).__module__.startswith("monai.")
+    assert not [module for module in twin.modules() if type(module).__module__.startswith("models.")]
     image = torch.rand(1, 4, 64, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(image), twin(image), rtol=1e-4, atol=1e-4)
 
 
-def test_ratios_are_to_monais_class_of_the_same_size_and_batch():
-    def row(model, engine, p50_ms, batch=1, network="swinunetr"):
-        return {"model": model, "network": network, "engine": engine, "dtype": "float32", "status": "ok",
-                "size": 64, "batch": batch, "p50_ms": p50_ms}  # fmt: skip
+def test_ratios_are_to_monais_class_of_the_same_width_size_and_batch():
+    def row(model, engine, p50_ms, batch=1, parameters=4):
+        return {"model": model, "network": model.split("-")[-1], "engine": engine, "dtype": "float32", "status": "ok",
+                "parameters": parameters, "size": 64, "batch": batch, "p50_ms": p50_ms}  # fmt: skip
 
-    rows = [row(benchmark.MONAI, "eager", 100.0), row("swinunetr", "fused", 20.0), row("swinunetr", "fused", 30.0, 2),
-            row("unet", "eager", 12.0, network="unet"), row("unet", "compile", 3.0, network="unet")]  # fmt: skip
+    rows = [row("monai-swinunetr", "eager", 100.0), row("swinunetr", "fused", 20.0), row("swinunetr", "fused", 30.0, 2),
+            row("swinunetr", "fused", 30.0, parameters=8), row("monai-swinunetr", "eager", 300.0, parameters=8),
+            row("monai-unet", "compile", 1.0), row("monai-unet", "eager", 12.0), row("unet", "eager", 3.0)]  # fmt: skip
     benchmark.add_ratios(rows)
-    assert [row.get("times_faster_than_monai_eager") for row in rows] == [1.0, 5.0, None, 1.0, 4.0]
+    ratios = [row.get("times_faster_than_monai_eager") for row in rows]
+    assert ratios == [1.0, 5.0, None, 10.0, 1.0, 12.0, 1.0, 4.0]
 
 
 def test_a_row_has_the_floor_of_its_batch_and_type():
@@ -214,6 +248,8 @@ def test_a_row_has_the_floor_of_its_batch_and_type():
     # 2 volumes of 2 GMAC at 1 TFLOP/s take 8 ms; 2 volumes of 3 million numbers of 2 bytes at 10 GB/s take 1.2 ms
     assert row["floor_ms"] == pytest.approx(9.2)
     assert row["volumes_per_s"] == pytest.approx(100) and row["matrix_peak_share"] == pytest.approx(0.4)
+    unknown = benchmark.make_row(job, {"status": "not run: emulated"}, ability | {"peak_tflops": {}}, columns)
+    assert unknown["floor_ms"] is None
     unmeasured = benchmark.make_row(job, {"status": "out of memory"}, ability, columns)
     assert unmeasured["floor_ms"] == pytest.approx(9.2) and unmeasured["repeats"] is None
 
@@ -237,6 +273,21 @@ def test_passes_take_the_inputs_in_turn_and_end_with_the_time(monkeypatch):
     assert len(times) == 8 and taken[-8:] == [0, 1] * 4 and len(taken) > 8  # some before them do not count
     slow = speed.latencies_ms(lambda image: time.sleep(0.02), images, repeats=50, max_seconds=0.01, min_repeats=3)
     assert len(slow) == 3 and min(slow) >= 20
+
+
+@pytest.mark.parametrize(("tflops", "largest"), [(1e-4, 256), (1e-3, 512), (1.0, 2048)])
+def test_no_product_is_begun_that_would_take_too_long(monkeypatch, tflops, largest):
+    """A device whose speed is known, and a clock that stands still but for its products."""
+    sides = []
+
+    def latencies(run, images, **_):
+        sides.append(images[0].shape[0])
+        return [2 * sides[-1] ** 3 / (1e9 * tflops)]
+
+    monkeypatch.setattr(speed, "latencies_ms", latencies)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 1.0)
+    assert speed.matrix_peak_tflops("float32", torch.device("cpu")) == pytest.approx(tflops)
+    assert sides[-1] == largest
 
 
 def test_the_unavoidable_traffic_is_counted_by_hand():

@@ -13,10 +13,10 @@ from conftest import LPS, run_script, write_raw_case
 from test_viewer import SCRIPT, key, open_scene, scroll
 
 import view_interactive_4pane_brats as view
-from models import CHECKPOINT_FORMAT, build_model
+from models import CHECKPOINT_FORMAT, build_model, load_model
 from models.brats import MODALITIES, InputError, find_cases, read_case, to_ras
 from models.inference import predict
-from models.live import Run, Session, open_run, segment
+from models.live import Run, Session, open_run, segment, with_engine
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
 from models.viewer import Viewer, new_figure
@@ -228,6 +228,19 @@ def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tmp_path):
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
     with pytest.raises(InputError, match="lacks size and spacing_mm"):
         open_run(tmp_path, "cpu", "off")
+
+
+def test_an_engine_segments_like_the_network(run, tmp_path, monkeypatch):
+    write_raw_case(tmp_path, "C")
+    by_network = Run("run", load_model(run)[0], 32, 2.0, torch.device("cpu"), None)
+    stages = []
+    monkeypatch.chdir(tmp_path)  # where the cache of engines goes
+    by_engine = with_engine(by_network, "eager")
+    assert by_engine.model.engine == "eager"
+    segmented = segment(open_scene(tmp_path), by_engine, stages.append)
+    expected = segment(open_scene(tmp_path), by_network)
+    assert np.mean(segmented.maps["prediction"] == expected.maps["prediction"]) >= 0.999
+    assert "segmenting: network" in stages
 
 
 def test_save_with_a_run_segments_first_and_prints_the_scores(run, tmp_path):

@@ -270,7 +270,7 @@ def test_training_writes_the_whole_run(trained):
 
 
 def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):
-    result = run_script("evaluate.py", RUN, cwd=trained)
+    result = run_script("evaluate.py", RUN, "--engine", "eager", cwd=trained)
     out = trained / RUN / "evaluation-test"
     rows = read(out / "per_case.csv")
     tested = {row["case"]: row for row in read(trained / RUN / "test_results.csv")}

@@ -268,6 +268,8 @@ def pointwise(x: Tensor, conv: nn.Conv3d) -> Tensor:
 
 def join(x: Tensor, y: Tensor) -> Tensor:
     """[B, I, D, H, W] and [B, J, D, H, W] -> [B, I + J, D, H, W]; two strided copies, faster than torch.cat here."""
+    if torch.compiler.is_exporting():  # onnxruntime and OpenVINO would scatter numbers one by one
+        return torch.cat((x, y), 1)
     joined = torch.empty((*x.permute(0, 2, 3, 4, 1).shape[:4], x.shape[1] + y.shape[1]), dtype=x.dtype, device=x.device)
     joined[..., : x.shape[1]] = x.permute(0, 2, 3, 4, 1)
     joined[..., x.shape[1] :] = y.permute(0, 2, 3, 4, 1)
