@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests share the cores among themselves
+
 import nibabel
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def write_raw_case(folder: Path, case="BraTS2021_00000", layout="brats2021", see
 
 def run_script(script: str, *arguments, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
     """Run a script from the folder `cwd` and check its exit status; never a traceback."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == status, result.stdout + result.stderr
