@@ -61,10 +61,11 @@ def main() -> int:
     args = arguments()
     from tqdm import tqdm
 
-    from models.benchmark import add_ratios, in_own_process, make_row
-    from models.brats import InputError, find_cases
+    from models.benchmark.worker import add_ratios, in_own_process, make_row
+    from models.brats import find_cases
     from models.device import choose_device
-    from models.training import write_csv
+    from models.errors import InputError
+    from models.files import write_csv
 
     args.device = choose_device(args.device).type
     args.size = args.size or [128 if args.device == "cuda" else 96]
@@ -98,8 +99,8 @@ def main() -> int:
 
 def choose_contestants(args) -> list[dict]:
     """The networks of this run: `model` is what a row is called, `network` what it is, `source` its weights."""
-    from models.benchmark import MONAI
-    from models.brats import InputError
+    from models.benchmark.worker import MONAI
+    from models.errors import InputError
 
     settings = {"unet": {}, "swinunetr": {"feature_size": args.feature_size}}
     fresh = {name: {"model": name, "network": name, "config": config} for name, config in settings.items()}
@@ -121,8 +122,8 @@ def choose_contestants(args) -> list[dict]:
 def contestant_of(run: Path, args) -> dict:
     """A trained run, or a .pt2 file, which is an engine already; refused unless it was made for the size asked for."""
     from models import load_checkpoint
-    from models.benchmark import mean_test_dice
-    from models.exports import read_header
+    from models.benchmark.worker import mean_test_dice
+    from models.inference.exports import read_header
 
     if run.suffix == ".pt2":
         header = read_header(run, args.device)
@@ -141,7 +142,7 @@ def contestant_of(run: Path, args) -> dict:
 
 
 def refuse_other_size(args, run: Path, sides, batch: int | None = None):
-    from models.brats import InputError
+    from models.errors import InputError
 
     if args.size != [sides[0]] or len(set(sides)) > 1:
         raise InputError(f"--size {' '.join(map(str, args.size))}: {run} was made for {' x '.join(map(str, sides))} "
@@ -156,10 +157,10 @@ def make_jobs(args, contestants: list[dict]) -> list[dict]:
     import torch
 
     from models import size_multiple
-    from models.benchmark import cost_of, make_network
-    from models.brats import InputError
-    from models.device import native_dtypes
-    from models.engines import DTYPES, ENGINES, why_not
+    from models.benchmark.worker import cost_of, make_network
+    from models.device import DTYPES, native_dtypes
+    from models.errors import InputError
+    from models.inference.engines import ENGINES, why_not
 
     device, jobs, reasons = torch.device(args.device), [], {}
     shared = {"task": "row", "device": args.device, "repeats": args.repeats, "max_seconds": args.max_seconds,
@@ -200,7 +201,7 @@ def open_table(args) -> tuple[Path, list[dict], dict]:
     import torch
 
     from models.device import device_name
-    from models.training import git_commit
+    from models.files import git_commit
 
     device = device_name(torch.device(args.device))
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{device}-torch{torch.__version__}".lower()).strip("-")
@@ -238,9 +239,9 @@ def print_table(rows: list[dict], ability: dict):
 
 def draw(args, jobs, rows, table: Path) -> list[Path]:
     """The figures of this run; those over batch and size show every run in the table."""
-    from models import benchmark_plots as plots
-    from models.benchmark import latest_rows
-    from models.training import write_csv
+    from models.benchmark import figures as plots
+    from models.benchmark.worker import latest_rows
+    from models.files import write_csv
 
     done = [row for row in rows if row["status"] == "ok"]
     if not done:
@@ -279,8 +280,8 @@ def draw(args, jobs, rows, table: Path) -> list[Path]:
 
 def profiles(jobs: list[dict], rows: list[dict], table: Path) -> dict[str, dict[str, dict[str, float]]]:
     """For each network, where the time goes in MONAI's class, eager in float32, and in the fastest engine of ours."""
-    from models.benchmark import MONAI, in_own_process, is_baseline
-    from models.benchmark_plots import row_name
+    from models.benchmark.figures import row_name
+    from models.benchmark.worker import MONAI, in_own_process, is_baseline
 
     spent = {}
     measured = [(row["p50_ms"], job) for job, row in zip(jobs, rows, strict=True) if row["status"] == "ok"]

@@ -41,8 +41,10 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import load_model, training
-    from models.brats import InputError, find_cases, write_atomically
+    from models.brats import find_cases
     from models.device import choose_device
+    from models.errors import InputError
+    from models.files import write_atomically
     from models.metrics import compare, summarise
 
     if args.ensemble and len(args.runs) < 2:
@@ -95,7 +97,7 @@ def folder_of(run: Path) -> Path:
 
 def run_names(loaded: dict) -> list[str]:
     """What each run is called in the tables: its folder's name, with the network's before it where two are the same."""
-    from models.brats import InputError
+    from models.errors import InputError
 
     names = [folder_of(run).name for run in loaded]
     if len(set(names)) == len(names):
@@ -109,8 +111,8 @@ def run_names(loaded: dict) -> list[str]:
 
 def choose_cases(args) -> tuple[Path, list[str]]:
     """The data folder and the cases of the split, as each run recorded them; runs that differ are refused."""
-    from models.brats import InputError
     from models.dataset import manifest_checksum, read_split
+    from models.errors import InputError
 
     chosen = {}
     for run in args.runs:
@@ -155,11 +157,12 @@ def score_run(run: str, members: list, data: Path, names, raw, args, device):
     import torch
     from tqdm import tqdm
 
-    from models.brats import InputError, read_case, to_raw_labels, to_training_labels, write_label_nifti
+    from models.brats import read_case, to_raw_labels, to_training_labels, write_label_nifti
     from models.dataset import load_case
     from models.device import inference_dtype
-    from models.engines import choose_engine
-    from models.inference import predict
+    from models.errors import InputError
+    from models.inference.engines import choose_engine
+    from models.inference.predict import predict
     from models.preprocessing import label_map, native_label_map, network_spacing_mm
 
     dtypes = [inference_dtype(args.amp, checkpoint.get("amp", "off"), device) for _, checkpoint in members]

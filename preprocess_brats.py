@@ -58,7 +58,8 @@ def usable_cpus() -> int:
 
 def main() -> int:
     args = arguments()
-    from models.brats import InputError, find_cases
+    from models.brats import find_cases
+    from models.errors import InputError
     from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
     shard = choose_shard(args.shard)
@@ -96,7 +97,7 @@ def main() -> int:
 
 def choose_shard(text: str | None) -> tuple[int, int] | None:
     """(index, count) of --shard or of torchrun's environment; None where one process does everything."""
-    from models.brats import InputError
+    from models.errors import InputError
 
     text = text or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     index, _, count = text.partition("/")
@@ -176,7 +177,7 @@ def process(todo, schemes: dict, settings: dict, manifest: dict, manifest_file: 
     """Process the cases in parallel, filling the manifest; returns case -> reason for those that failed."""
     from tqdm import tqdm
 
-    from models.brats import InputError
+    from models.errors import InputError
     from models.manifest import write_manifest
 
     workers = min(args.workers, len(todo))
@@ -246,7 +247,7 @@ def stop(pool, out: Path):
 
 
 def refuse_full_disk(args, count: int):
-    from models.brats import InputError
+    from models.errors import InputError
 
     needed = count * args.size**3 * (4 * 2 + 1 if args.compact else 4 * 4 + 8)
     free = shutil.disk_usage(args.out).free

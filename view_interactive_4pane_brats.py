@@ -43,10 +43,10 @@ def arguments():
 
 def main() -> int:
     args = arguments()
-    from models.brats import InputError
-    from models.live import Session, open_run, refuse_other_size, segment, with_engine
-    from models.scene import with_prediction
-    from models.viewer import Viewer, new_figure
+    from models.errors import InputError
+    from models.viewer.scene import with_prediction
+    from models.viewer.session import Session, open_run, refuse_other_size, segment, with_engine
+    from models.viewer.window import Viewer, new_figure
 
     if args.save and (args.save.suffix.lower() != ".png" or not args.save.parent.is_dir()):
         raise InputError(f"--save {args.save}: name a .png file in a folder that exists.")
@@ -93,7 +93,7 @@ def find_scenes(path: Path, labels: str | None) -> dict:
 
 def choose(loaders: dict, args) -> str:
     """The name of the case to open with."""
-    from models.brats import InputError
+    from models.errors import InputError
 
     name = args.name or next(iter(loaders))
     if name not in loaders:
@@ -108,7 +108,7 @@ def choose(loaders: dict, args) -> str:
 def load_raw(case, labels: str | None):
     """The scene of a raw case."""
     from models.brats import read_case, spacing_of, to_ras, to_training_labels
-    from models.scene import Scene
+    from models.viewer.scene import Scene
 
     scheme = labels or case.layout
     volumes = read_case(case)
@@ -124,7 +124,7 @@ def load_tensor(path: Path):
     """The scene of a preprocessed case; it is called as its file is."""
     from models.dataset import load_case
     from models.preprocessing import network_spacing_mm
-    from models.scene import Scene
+    from models.viewer.scene import Scene
 
     case = load_case(path)
     maps = {"truth": case["label"][0].numpy()} if "label" in case else {}
@@ -135,7 +135,8 @@ def read_prediction(path: Path, scene):
     """A label map on the scene's own grid, as training labels with RAS axes."""
     import numpy as np
 
-    from models.brats import InputError, read_label, to_ras, to_training_labels
+    from models.brats import read_label, to_ras, to_training_labels
+    from models.errors import InputError
 
     label, affine = read_label(path)
     if scene.affine is None:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from pathlib import Path
 
+from models.errors import InputError, one_line
+
 NETWORKS = ("unet", "swinunetr")  # each is a subpackage with DEFAULTS, SIZE_MULTIPLE and build(**config)
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # speed and memory; what the network computes is the same
@@ -13,7 +15,6 @@ def build_model(name: str, **config):
 
     `config` overrides the network's DEFAULTS. The result carries `network` (its name) and `config` (complete).
     """
-    from models.brats import InputError
     from models.onednn import use_onednn
 
     network = _subpackage(name)
@@ -32,8 +33,6 @@ def size_multiple(name: str) -> int:
 
 
 def _subpackage(name: str):
-    from models.brats import InputError
-
     if name not in NETWORKS:
         raise InputError(f"no network is called {name!r}. There are: {', '.join(NETWORKS)}.")
     return import_module(f"models.{name}")
@@ -56,14 +55,13 @@ def load_checkpoint(path: Path) -> dict:
     """The dict in a checkpoint file of ours; anything else is an InputError."""
     import torch
 
-    from models.brats import MODALITIES, InputError
-
+    from models.brats import MODALITIES
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        raise InputError(f"{path}: damaged or no checkpoint ({' '.join(str(error).split())[:80]}).") from None
+        raise InputError(f"{path}: damaged or no checkpoint ({one_line(error, 80)}).") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project's training scripts.")
     if tuple(checkpoint["modalities"]) != MODALITIES:
@@ -72,10 +70,8 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model, checkpoint: dict, path: Path):
-    from models.brats import InputError
-
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise InputError(f"{path}: its weights do not fit {model.network} {model.config}: {reason}") from None

@@ -25,6 +25,9 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
+from models.errors import InputError, one_line
+from models.files import write_atomically
+
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")  # the channel order of every tensor, checkpoint and figure
@@ -59,10 +62,6 @@ FILE_NAMES = {
 # In BraTS 2020 the segmentation of case 355 is called W39_1998.09.19_Segm.nii.
 STRAY_SEGMENTATION = re.compile(r".+_segm\.nii(\.gz)?", re.IGNORECASE)
 MSD_MODALITIES = {"T1": "t1", "T1W": "t1", "T1GD": "t1ce", "T1CE": "t1ce", "T2": "t2", "T2W": "t2", "FLAIR": "flair"}
-
-
-class InputError(ValueError):
-    """Something the person at the terminal can mend: one line that names the file or flag and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +230,9 @@ def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.nda
             while stream.read(2**20):  # to the end of the stream, where the CRC is
                 pass
     except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: truncated or damaged ({_one_line(error)}). Download or copy it again.") from None
+        raise InputError(f"{path}: truncated or damaged ({one_line(error)}). Download or copy it again.") from None
     except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({_one_line(error)}).") from None
+        raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)}).") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
     affine = header.get_best_affine()
@@ -254,10 +253,6 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if not (np.abs(label - voxels) <= 1e-3).all():
         raise InputError(f"{path}: holds values that are not whole numbers. Give a label map, not a probability map.")
     return label, affine
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def read_case(case: Case) -> Volumes:
@@ -369,14 +364,3 @@ def write_label_nifti(path: str | Path, label: np.ndarray, affine: np.ndarray):
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
     write_atomically(path, igzip.compress(image.to_bytes(), compresslevel=2))
-
-
-def write_atomically(path: str | Path, data: bytes | str):
-    """Write to a temporary name beside `path` and rename: a file with its final name is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

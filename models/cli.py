@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from models.errors import InputError
+
 
 def run(main):
     """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable
@@ -20,9 +22,8 @@ def run(main):
     except BrokenPipeError:  # `| head` closed the pipe: nothing to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        # By its name: importing the class here would cost every usage error the time to load numpy.
-        if "--debug" in sys.argv or not (type(error).__name__ == "InputError" or isinstance(error, OSError)):
+    except (InputError, OSError) as error:
+        if "--debug" in sys.argv:
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
@@ -87,7 +88,7 @@ def usable_cpus() -> int:
 
 
 def add_engine_argument(parser):
-    # The names of models.engines.ENGINES, which cannot be imported here: it needs torch.
+    # The names of models.inference.engines.ENGINES, which cannot be imported here: it needs torch.
     parser.add_argument("--engine", default="auto",
                         choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino"),
                         help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "

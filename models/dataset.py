@@ -18,8 +18,9 @@ from isal import isal_zlib
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.brats import MODALITIES, InputError
+from models.brats import MODALITIES
 from models.device import free_memory_bytes, free_ram_bytes, processes_here, rank, world_size
+from models.errors import InputError, one_line
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
 SHARED_MEMORY = Path("/dev/shm")  # worker processes hand over what they read through it (Linux)
@@ -63,7 +64,7 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
         # Memory-mapped: what is not touched is not read, and several processes share the pages.
         case = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error, 80)
         raise InputError(f"{path}: damaged or no file of preprocess_brats.py ({reason}). Make it again.") from None
     missing = [key for key in KEYS if key not in case] if isinstance(case, dict) else ["image"]
     if missing:

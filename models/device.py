@@ -6,13 +6,15 @@ import platform
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from models.brats import InputError
+from models.errors import InputError
 
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Instruction sets that multiply bfloat16, in the names of ONEDNN_MAX_CPU_ISA, which can forbid the newer ones.
 BF16_INSTRUCTIONS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT")
@@ -105,6 +107,17 @@ def emulation_factor(dtype: torch.dtype, device: torch.device) -> float:
         synchronise(device)
         seconds[kind] = time.perf_counter() - start
     return seconds[dtype] / seconds[torch.float32]
+
+
+@contextmanager
+def float32_multiplication(tf32: bool):
+    """Whether convolutions and matrix products of float32 may round their inputs to TF32, on GPUs that have it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------

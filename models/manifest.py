@@ -12,7 +12,8 @@ import random
 from importlib.metadata import version
 from pathlib import Path
 
-from models.brats import InputError, write_atomically
+from models.errors import InputError
+from models.files import write_atomically
 
 
 def manifest_path(out: Path, shard: tuple[int, int] | None = None) -> Path:

@@ -261,7 +261,7 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
     import nibabel
     from isal import igzip
 
-    from models.brats import write_atomically
+    from models.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     data = nibabel.Nifti1Image(voxels, affine).to_bytes()
@@ -273,7 +273,7 @@ def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | No
     """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
     from tqdm import tqdm
 
-    from models.brats import write_atomically
+    from models.files import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
     workers = min(cases, workers or os.cpu_count() or 1)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, InputError, native_axes, occupied_box, spacing_of, to_ras
+from models.brats import MODALITIES, native_axes, occupied_box, spacing_of, to_ras
+from models.errors import InputError
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1
 SLAB, COLUMNS = 16, 1024  # planes and columns that are interpolated at a time: what a core's cache holds

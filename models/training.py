@@ -3,14 +3,12 @@
 A run folder holds config.json (written before the first step), train.csv, training_plots.png, last.pt, best.pt.
 """
 
-import csv
 import io
 import json
 import math
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 from copy import deepcopy
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from models import CHECKPOINT_FORMAT, RUNTIME_SETTINGS, cost, load_checkpoint, load_weights, size_multiple
 from models.augment import augment
-from models.brats import LABELS, MODALITIES, TARGETS, InputError, write_atomically
+from models.brats import LABELS, MODALITIES, TARGETS
 from models.dataset import Cases, batches, epoch_order, load_case, manifest_checksum, spacing_of_cases
 from models.device import (
     AMP_DTYPES,
@@ -38,7 +36,9 @@ from models.device import (
     synchronise,
     world_size,
 )
-from models.inference import predict
+from models.errors import InputError
+from models.files import git_commit, write_atomically, write_csv
+from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.plots import prediction_overlay, training_plots
 
@@ -163,23 +163,6 @@ def check_cases(data: Path, split: dict[str, list[str]], network: str) -> list[i
             f"Preprocess with --size {fitting}."
         )
     return size
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with "-dirty" when tracked files were changed; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write_csv(path: Path, rows: list[dict]):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, table.getvalue())
 
 
 def save(path: Path, content: dict):

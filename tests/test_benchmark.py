@@ -16,10 +16,11 @@ from PIL import Image
 from torch import nn
 
 import benchmark_inference
-from models import CHECKPOINT_FORMAT, benchmark, benchmark_plots, build_model, speed
+from models import CHECKPOINT_FORMAT, build_model, timing
+from models.benchmark import figures, profiling, worker
 from models.brats import MODALITIES
-from models.engines import ENGINES
-from models.exports import FORMAT
+from models.inference.engines import ENGINES
+from models.inference.exports import FORMAT
 
 SCRIPT = "benchmark_inference.py"
 SMALL = ("--models", "unet", "--size", 32, "--engines", "eager", "--layout", "contiguous", "--device", "cpu")
@@ -198,20 +199,20 @@ JOB = {"task": "row", "model": "unet", "network": "unet", "config": {}, "engine"
 
 
 def test_a_row_that_cannot_be_allocated_is_out_of_memory(tmp_path):
-    result = benchmark.perform(JOB | {"size": 2**14, "cache": str(tmp_path)})
+    result = worker.perform(JOB | {"size": 2**14, "cache": str(tmp_path)})
     assert result == {"status": "out of memory"}
 
 
 def test_a_row_that_fails_says_why(tmp_path):
-    result = benchmark.perform(JOB | {"size": 17, "cache": str(tmp_path)})
+    result = worker.perform(JOB | {"size": 17, "cache": str(tmp_path)})
     assert result["status"].startswith("failed: RuntimeError: ")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_a_process_that_the_system_killed_was_out_of_memory(monkeypatch):
     killed = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-    assert benchmark.result_of(killed.returncode, "") == {"status": "out of memory: killed by the system"}
-    assert benchmark.result_of(3, "") == {"status": "failed: the process ended with exit status 3"}
+    assert worker.result_of(killed.returncode, "") == {"status": "out of memory: killed by the system"}
+    assert worker.result_of(3, "") == {"status": "failed: the process ended with exit status 3"}
 
 
 @pytest.mark.parametrize(("network", "config"), [
@@ -219,7 +220,7 @@ def test_a_process_that_the_system_killed_was_out_of_memory(monkeypatch):
 ])  # fmt: skip
 def test_monais_class_as_it_comes_gets_our_weights(network, config):
     ours = build_model(network, **config).eval()
-    twin = benchmark.monai_twin(ours)
+    twin = worker.monai_twin(ours)
     assert type(twin).__module__.startswith("monai.")
     assert not [module for module in twin.modules() if type(module).__module__.startswith("models.")]
     image = torch.rand(1, 4, 64, 64, 64)
@@ -235,7 +236,7 @@ def test_ratios_are_to_monais_class_of_the_same_width_size_and_batch():
     rows = [row("monai-swinunetr", "eager", 100.0), row("swinunetr", "fused", 20.0), row("swinunetr", "fused", 30.0, 2),
             row("swinunetr", "fused", 30.0, parameters=8), row("monai-swinunetr", "eager", 300.0, parameters=8),
             row("monai-unet", "compile", 1.0), row("monai-unet", "eager", 12.0), row("unet", "eager", 3.0)]  # fmt: skip
-    benchmark.add_ratios(rows)
+    worker.add_ratios(rows)
     ratios = [row.get("times_faster_than_monai_eager") for row in rows]
     assert ratios == [1.0, 5.0, None, 10.0, 1.0, 12.0, 1.0, 4.0]
 
@@ -244,13 +245,13 @@ def test_a_row_has_the_floor_of_its_batch_and_type():
     ability = {"peak_tflops": {"float32": 0.5, "bf16": 1.0}, "bandwidth_gb_s": 10.0}
     columns = ("status", "floor_ms", "volumes_per_s", "matrix_peak_share", "repeats", "layout", "p50_ms")
     job = JOB | {"dtype": "bf16", "batch": 2}
-    row = benchmark.make_row(job, {"status": "ok", "p50_ms": 20.0}, ability, columns)
+    row = worker.make_row(job, {"status": "ok", "p50_ms": 20.0}, ability, columns)
     # 2 volumes of 2 GMAC at 1 TFLOP/s take 8 ms; 2 volumes of 3 million numbers of 2 bytes at 10 GB/s take 1.2 ms
     assert row["floor_ms"] == pytest.approx(9.2)
     assert row["volumes_per_s"] == pytest.approx(100) and row["matrix_peak_share"] == pytest.approx(0.4)
-    unknown = benchmark.make_row(job, {"status": "not run: emulated"}, ability | {"peak_tflops": {}}, columns)
+    unknown = worker.make_row(job, {"status": "not run: emulated"}, ability | {"peak_tflops": {}}, columns)
     assert unknown["floor_ms"] is None
-    unmeasured = benchmark.make_row(job, {"status": "out of memory"}, ability, columns)
+    unmeasured = worker.make_row(job, {"status": "out of memory"}, ability, columns)
     assert unmeasured["floor_ms"] == pytest.approx(9.2) and unmeasured["repeats"] is None
 
 
@@ -259,7 +260,7 @@ def test_a_row_has_the_floor_of_its_batch_and_type():
 
 def test_a_summary_is_that_of_numpy():
     times = list(np.random.default_rng(0).gamma(2, 3, 30))
-    summary = speed.summary_of(times)
+    summary = timing.summary_of(times)
     assert summary["p50_ms"] == pytest.approx(np.median(times)) and summary["mean_ms"] == pytest.approx(np.mean(times))
     for share in (90, 99):
         assert summary[f"p{share}_ms"] == np.percentile(times, share, method="inverted_cdf")
@@ -269,9 +270,9 @@ def test_a_summary_is_that_of_numpy():
 def test_passes_take_the_inputs_in_turn_and_end_with_the_time(monkeypatch):
     taken = []
     images = [torch.zeros(1), torch.ones(1)]
-    times = speed.latencies_ms(lambda image: taken.append(image.item()), images, repeats=8)
+    times = timing.latencies_ms(lambda image: taken.append(image.item()), images, repeats=8)
     assert len(times) == 8 and taken[-8:] == [0, 1] * 4 and len(taken) > 8  # some before them do not count
-    slow = speed.latencies_ms(lambda image: time.sleep(0.02), images, repeats=50, max_seconds=0.01, min_repeats=3)
+    slow = timing.latencies_ms(lambda image: time.sleep(0.02), images, repeats=50, max_seconds=0.01, min_repeats=3)
     assert len(slow) == 3 and min(slow) >= 20
 
 
@@ -284,9 +285,9 @@ def test_no_product_is_begun_that_would_take_too_long(monkeypatch, tflops, large
         sides.append(images[0].shape[0])
         return [2 * sides[-1] ** 3 / (1e9 * tflops)]
 
-    monkeypatch.setattr(speed, "latencies_ms", latencies)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: 1.0)
-    assert speed.matrix_peak_tflops("float32", torch.device("cpu")) == pytest.approx(tflops)
+    monkeypatch.setattr(profiling, "latencies_ms", latencies)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1.0)
+    assert profiling.matrix_peak_tflops("float32", torch.device("cpu")) == pytest.approx(tflops)
     assert sides[-1] == largest
 
 
@@ -296,7 +297,7 @@ def test_the_unavoidable_traffic_is_counted_by_hand():
     voxels = 6**3
     first = voxels * (4 + 8) + 4 * 8 * 27 + 8
     second = voxels * 8 + voxels // 8 * 2 + 8 * 2 + 2
-    assert speed.unavoidable_values(network, (1, 4, 6, 6, 6)) == first + second
+    assert profiling.unavoidable_values(network, (1, 4, 6, 6, 6)) == first + second
 
 
 NAMES = {
@@ -316,7 +317,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_are_counted_as_what_they_are(name):
-    assert speed.category_of(name) == NAMES[name]
+    assert profiling.category_of(name) == NAMES[name]
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def test_no_line_no_figure(tmp_path):
            "parameters": 4_800_000, "peak_gib": 1.0}  # fmt: skip
     path = tmp_path / "memory.png"
     other = row | {"size": 64, "parameters": 1_200_000}  # a network of another width: no line joins the two
-    assert not benchmark_plots.lines_over([row, other], "size", "peak_gib", "x", "y", path, "title")
-    assert not benchmark_plots.lines_over([row], "size", "peak_gib", "x", "y", path, "title") and not path.exists()
-    assert benchmark_plots.lines_over([row, row | {"size": 64}], "size", "peak_gib", "x", "y", path, "title")
+    assert not figures.lines_over([row, other], "size", "peak_gib", "x", "y", path, "title")
+    assert not figures.lines_over([row], "size", "peak_gib", "x", "y", path, "title") and not path.exists()
+    assert figures.lines_over([row, row | {"size": 64}], "size", "peak_gib", "x", "y", path, "title")
     assert path.is_file()

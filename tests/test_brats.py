@@ -11,7 +11,8 @@ import pytest
 from conftest import LPS, make_head, write_raw_case
 
 from models import brats
-from models.brats import InputError, find_cases, read_case, read_label, read_nifti, to_raw_labels, to_training_labels
+from models.brats import find_cases, read_case, read_label, read_nifti, to_raw_labels, to_training_labels
+from models.errors import InputError
 
 
 @pytest.mark.parametrize("layout", ["brats2021", "brats2020", "brats2023"])

@@ -9,7 +9,6 @@ import torch
 from conftest import run_script, write_raw_case
 
 from models import dataset
-from models.brats import InputError
 from models.dataset import (
     Cases,
     batches,
@@ -19,6 +18,7 @@ from models.dataset import (
     load_case,
     read_split,
 )
+from models.errors import InputError
 from models.manifest import make_splits
 
 CPU = torch.device("cpu")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from models import build_model, cli, engines, exports
-from models.brats import InputError
-from models.engines import ENGINES, load_engine, load_exported, why_not
-from models.inference import predict, segment_case
+from models import build_model, cli
+from models.device import DTYPES
+from models.errors import InputError
+from models.inference import engines, exports
+from models.inference.engines import ENGINES, load_engine, load_exported, why_not
+from models.inference.predict import predict, segment_case
 from models.preprocessing import to_native, to_network
 
 CPU = torch.device("cpu")
@@ -386,4 +388,4 @@ def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp
 
 def test_the_benchmark_script_documents_every_engine_and_type():
     usage = (ROOT / "benchmark_inference.py").read_text().split('"""')[1]
-    assert all(name in usage for name in (*ENGINES, *engines.DTYPES))
+    assert all(name in usage for name in (*ENGINES, *DTYPES))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from models.brats import InputError
+from models.errors import InputError
 from models.swinunetr.network import Decoder, SwinStage, use_triton
 from models.swinunetr.window_attention import mask_groups, mask_of_group, relative_position_index, shift_masks
 
@@ -282,7 +282,7 @@ def test_without_triton_one_line_says_so():
     code = """
 import sys
 from importlib import import_module
-from models.brats import InputError
+from models.errors import InputError
 sys.modules["triton"] = None
 for name in ("triton_attention", "triton_norm"):
     try:

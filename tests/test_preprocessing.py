@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import LPS, make_head
 
-from models.brats import TARGETS, InputError, find_cases, read_case, to_training_labels
+from models.brats import TARGETS, find_cases, read_case, to_training_labels
+from models.errors import InputError
 from models.preprocessing import (
     foreground_box,
     intensity_window,

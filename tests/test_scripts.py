@@ -18,7 +18,7 @@ from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
 from models import build_model, load_model
-from models.live import open_run
+from models.viewer.session import open_run
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",
            "evaluate.py", "benchmark_inference.py"]  # fmt: skip

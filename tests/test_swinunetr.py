@@ -11,7 +11,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from monai.networks.nets.swin_unetr import PatchMergingV2
 
 from models import build_model, size_multiple
-from models.brats import InputError
+from models.errors import InputError
 from models.swinunetr import DEFAULTS, blocked_attention
 from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
 from models.swinunetr.network import SwinUNETR, instance_norm

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, run_script
 
 from models import build_model, cli, load_model, plots, training
-from models.brats import InputError
 from models.dataset import Cases, choose_input, load_case, read_split
+from models.errors import InputError
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 import view_interactive_4pane_brats as view
-from models.drawing import Line, SlicePicture
 from models.plots import intensity_window
-from models.scene import with_prediction
-from models.viewer import Viewer, new_figure
+from models.viewer.drawing import Line, SlicePicture
+from models.viewer.scene import with_prediction
+from models.viewer.window import Viewer, new_figure
 
 SCRIPT = "view_interactive_4pane_brats.py"
 

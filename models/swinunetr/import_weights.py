@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.brats import MODALITIES, InputError
+from models.brats import MODALITIES
+from models.errors import InputError, one_line
 from models.swinunetr.network import SwinUNETR
 
 PUBLISHED_MODALITIES = ("flair", "t1ce", "t1", "t2")  # the input channels of the BraTS 2021 folds
@@ -53,13 +54,13 @@ def load_monai_weights(path: str | Path, modalities=PUBLISHED_MODALITIES, legacy
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        raise InputError(f"{path}: damaged or no weights ({' '.join(str(error).split())[:80]}).") from None
+        raise InputError(f"{path}: damaged or no weights ({one_line(error, 80)}).") from None
     try:
         weights = import_state_dict(checkpoint, modalities)
         model = SwinUNETR(**settings_of(weights), legacy_merging=legacy_merging)
         model.load_state_dict(weights, strict=True)
     except (InputError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path}: {one_line(error, 200)}") from None
     return model.eval()
 
 

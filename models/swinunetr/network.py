@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.brats import InputError
+from models.errors import InputError
 from models.swinunetr.window_attention import ATTENTION, WindowAttention
 
 CHECKPOINTING = ("none", "blocks", "full")

@@ -23,7 +23,7 @@ window, d channels of a head, w side of a full window, T = (2w - 1)^3 rows of th
 import torch
 from torch import Tensor
 
-from models.brats import InputError
+from models.errors import InputError
 
 try:
     import triton

@@ -15,7 +15,7 @@ for why the kernels are a `torch.library.custom_op`.
 import torch
 from torch import Tensor
 
-from models.brats import InputError
+from models.errors import InputError
 
 try:
     import triton

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import write_raw_case
 from preprocessing_speed import processor
 
-from models.training import git_commit
+from models.files import git_commit
 
 
 def make_cohort(folder: Path, count: int):

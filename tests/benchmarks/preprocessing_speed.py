@@ -27,7 +27,7 @@ from monai import transforms as mt
 
 from models.brats import MODALITIES, find_cases
 from models.dataset import load_case
-from models.training import git_commit
+from models.files import git_commit
 from preprocess_brats import process_case
 
 

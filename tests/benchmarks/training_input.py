@@ -25,7 +25,7 @@ from monai.data.utils import list_data_collate
 
 from models.augment import augment
 from models.device import device_name
-from models.training import git_commit
+from models.files import git_commit
 
 KEYS = ("image", "label")
 STORED = {"float32 + int64": (torch.float32, torch.int64), "float16 + uint8": (torch.float16, torch.uint8)}

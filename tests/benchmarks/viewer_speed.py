@@ -34,10 +34,10 @@ def measure(case: Path) -> dict:
     import numpy as np
     from matplotlib import pyplot
 
-    import models.live  # noqa: F401 imports are not what is measured
+    import models.viewer.session  # noqa: F401 imports are not what is measured
     import view_interactive_4pane_brats as view
-    from models.scene import with_prediction
-    from models.viewer import Viewer, new_figure
+    from models.viewer.scene import with_prediction
+    from models.viewer.window import Viewer, new_figure
 
     pyplot.close(pyplot.figure())  # nor is the start of Tk
     start, start_cpu = time.perf_counter(), time.process_time()

@@ -1,5 +1,5 @@
-"""From a network, or an engine of `models.engines`, and an image to probabilities and labels; and the whole way from
-a case's files to a label map on their grid."""
+"""From a network, or an engine, and an image to probabilities and labels; and the whole way from a case's files to a
+label map on their grid."""
 
 import time
 from dataclasses import replace

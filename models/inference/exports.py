@@ -17,8 +17,8 @@ import torch
 import torch._inductor  # where torch keeps what compiles ahead of time
 from torch import Tensor, nn
 
-from models.brats import InputError
-from models.speed import DTYPES, float32_multiplication
+from models.device import DTYPES, float32_multiplication
+from models.errors import InputError
 
 FORMAT = "1"  # of the header in a .pt2 file
 # Share of equal labels below which an export is refused; in bf16 both sides round, each in its own places.

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from models.brats import LABEL_NAMES, LABELS, MODALITIES, InputError
-from models.drawing import Line, SlicePicture, add_outline, box_in_picture, crop
+from models.brats import LABEL_NAMES, LABELS, MODALITIES
+from models.errors import InputError
 from models.plots import (
     CONVENTION,
     LABEL_COLORS,
@@ -16,7 +16,8 @@ from models.plots import (
     largest_tumour_slice,
     slice_view,
 )
-from models.scene import Scene
+from models.viewer.drawing import Line, SlicePicture, add_outline, box_in_picture, crop
+from models.viewer.scene import Scene
 
 KEY_HELP = ("wheel, arrows: slice   1 2 3: plane   m: most tumour   o [ ]: overlay   t: truth/prediction   "
             "c: outline   n b: case   s: save   q: quit")  # fmt: skip

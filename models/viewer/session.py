@@ -12,8 +12,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from models.brats import InputError
-from models.scene import Scene, with_prediction
+from models.errors import InputError, one_line
+from models.viewer.scene import Scene, with_prediction
 
 POLL_MS = 150  # between two checks of the thread
 
@@ -52,7 +52,7 @@ def open_run(path: Path, device: str, amp: str) -> Run:
 
 def with_engine(run: Run, engine: str) -> Run:
     """The run with an engine in place of its network, as --engine says; making one can take a minute."""
-    from models.engines import choose_engine
+    from models.inference.engines import choose_engine
 
     return replace(run, model=choose_engine(run.model, engine, run.amp_dtype, run.size, run.device))
 
@@ -74,7 +74,7 @@ def segment(scene: Scene, run: Run, report=lambda stage: None) -> Scene:
     """
     import torch
 
-    from models.inference import predict
+    from models.inference.predict import predict
     from models.preprocessing import label_map, native_label_map, to_network
 
     refuse_other_size(scene, run)
@@ -194,7 +194,7 @@ class Session:
         future, self.future = self.future, None
         if error := future.exception():
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            text = f"{self.names[self.position]}: {kind}{' '.join(str(error).split())}"
+            text = f"{self.names[self.position]}: {kind}{one_line(error)}"
             print(text, file=sys.stderr)
             self.viewer.say(text if len(text) <= 150 else f"{text[:149]}…", "#ff7766")
         else:

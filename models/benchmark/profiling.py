@@ -1,27 +1,22 @@
-"""How fast things are: the timing of a run, what the device can do at most, and the floor that follows for a network.
+"""What the device can do at most, the floor that follows for a network, and where the time of a pass goes.
 
 The floor of a network is the time that the device's measured matrix peak needs for its multiply-accumulates plus the
 time that its measured memory bandwidth needs for the traffic that no implementation avoids: every convolution and
 linear layer reads its input once and writes its output once, and everything between them is free.
 """
 
-import math
 import re
-import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.device import synchronise
+from models.device import DTYPES, float32_multiplication, synchronise
+from models.timing import latencies_ms
 
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIN_REPEATS = 5
-WARMUP_S = 0.3
 PEAK_S = 3.0  # in which the peak of a number type has to be found
 TRAFFIC_OPERATIONS = ("convolution", "mm", "addmm")
 CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pattern that its name matches
@@ -32,62 +27,6 @@ CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pa
     "layout copies": r"copy|cat\b|CatArray|clone|contiguous|memcpy|memset|roll|pad|transpose|permute|nchw|nhwc",
     "other": r"",
 }
-
-
-@contextmanager
-def float32_multiplication(tf32: bool):
-    """Whether convolutions and matrix products of float32 may round their inputs to TF32, on GPUs that have it."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def latencies_ms(
-    run: Callable,
-    images: list,
-    repeats: int = 30,
-    max_seconds: float = math.inf,
-    min_repeats: int = MIN_REPEATS,
-    warmup_s: float = WARMUP_S,
-) -> list[float]:
-    """Milliseconds of each of `repeats` runs that take the images in turn, the device idle before and after each.
-
-    Runs that do not count come first, until `warmup_s` is over: caches fill, and a GPU raises its clock. When the
-    others last longer than `max_seconds` in all, there are fewer, down to `min_repeats`.
-    """
-    device = images[0].device
-    began = time.perf_counter()
-    while time.perf_counter() - began < warmup_s:
-        run(images[-1])
-        synchronise(device)
-    times, began = [], time.perf_counter()
-    for repeat in range(repeats):
-        if repeat >= min_repeats and time.perf_counter() - began > max_seconds:
-            break
-        start = time.perf_counter()
-        run(images[repeat % len(images)])
-        synchronise(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def summary_of(times_ms: list[float]) -> dict[str, float]:
-    ordered = sorted(times_ms)
-
-    def percentile(share):  # the smallest time that at least this share of the runs kept within
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return {
-        "p50_ms": statistics.median(ordered),
-        "p90_ms": percentile(0.90),
-        "p99_ms": percentile(0.99),
-        "mean_ms": statistics.fmean(ordered),
-        "sd_ms": statistics.stdev(ordered) if len(ordered) > 1 else 0.0,
-        "repeats": len(ordered),
-    }
 
 
 # ---- what the device can do ----------------------------------------------------------------------------------------

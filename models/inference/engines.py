@@ -30,11 +30,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import load_model
-from models.brats import InputError, write_atomically
-from models.device import native_dtypes
-from models.exports import FORMAT, compiled_ahead_of_time, exported_to_onnx, header_of, machine_of, read_header
-from models.inference import predict
-from models.speed import DTYPES, float32_multiplication, latencies_ms
+from models.device import DTYPES, float32_multiplication, native_dtypes
+from models.errors import InputError, one_line
+from models.files import write_atomically
+from models.inference.exports import (
+    FORMAT,
+    compiled_ahead_of_time,
+    exported_to_onnx,
+    header_of,
+    machine_of,
+    read_header,
+)
+from models.inference.predict import predict
+from models.timing import latencies_ms
 
 ENGINES = {
     "eager": "the modules as they are, attention written out",
@@ -119,7 +127,7 @@ def load_engine(
         except Exception as error:  # a compiler has a thousand ways to fail, and each is a reason to do without it
             if not fallback:
                 raise
-            log(f"Warning: {' '.join(str(error).split())[:300]} Taking {FALLBACK[engine]} in place of {engine}.")
+            log(f"Warning: {one_line(error)} Taking {FALLBACK[engine]} in place of {engine}.")
             engine = FALLBACK[engine]
 
 
@@ -198,7 +206,7 @@ def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device
         try:
             made = load_engine(model, "openvino", dtype, shape=shape, cache=cache, fallback=False)
         except Exception as error:
-            log(f"Warning: OpenVINO cannot run it ({' '.join(str(error).split())[:300]}).")
+            log(f"Warning: OpenVINO cannot run it ({one_line(error)}).")
             return model
     if median_ms is None:
         median_ms = _in_turns({"openvino": made, "modules": model}, image, amp_dtype)
@@ -300,7 +308,7 @@ def _fastest(model, engine: str, dtype: str, layout: str, image: Tensor, cache: 
         except Exception as error:
             if variant == variants[-1] and not median_ms:
                 raise
-            log(f"Warning: {variant} of {engine} in {dtype} cannot run ({' '.join(str(error).split())[:300]}).")
+            log(f"Warning: {variant} of {engine} in {dtype} cannot run ({one_line(error)}).")
         made = None  # or the next one is measured in what memory this one leaves
         gc.collect()
     fastest = min(median_ms, key=median_ms.get)

@@ -15,21 +15,13 @@ from pathlib import Path
 import torch
 
 from models import build_model, load_model
-from models.brats import LABELS, InputError, find_cases
-from models.device import peak_memory_gib, reset_peak_memory
-from models.engines import Engine, load_engine, with_attention
-from models.inference import segment_case
-from models.speed import (
-    DTYPES,
-    copy_bandwidth_gb_s,
-    float32_multiplication,
-    floor_ms,
-    latencies_ms,
-    matrix_peak_tflops,
-    profile,
-    summary_of,
-    unavoidable_values,
-)
+from models.benchmark.profiling import copy_bandwidth_gb_s, floor_ms, matrix_peak_tflops, profile, unavoidable_values
+from models.brats import LABELS, find_cases
+from models.device import DTYPES, float32_multiplication, peak_memory_gib, reset_peak_memory
+from models.errors import InputError, one_line
+from models.inference.engines import Engine, load_engine, with_attention
+from models.inference.predict import segment_case
+from models.timing import latencies_ms, summary_of
 
 MONAI = "monai-"  # before the name of a network: MONAI's own class with the same weights
 IMAGES = 3  # inputs that the passes take in turn: more than a cache holds
@@ -40,7 +32,7 @@ def in_own_process(job: dict) -> dict:
     """What `perform` makes of a job, in a new process."""
     places = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
-    command = [sys.executable, "-W", "ignore", "-m", "models.benchmark"]
+    command = [sys.executable, "-W", "ignore", "-m", "models.benchmark.worker"]
     done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True, env=environment)
     return result_of(done.returncode, done.stdout)
 
@@ -62,10 +54,9 @@ def perform(job: dict) -> dict:
 
 
 def status_of(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
-    return f"failed: {type(error).__name__}: {text[:200]}"
+    return f"failed: {type(error).__name__}: {one_line(error, 200)}"
 
 
 def measure_device(job: dict) -> dict:
@@ -148,14 +139,14 @@ def measure_case(job: dict, engine: Engine, device: torch.device) -> dict[str, f
 
 
 def cost_of(network, size: int) -> dict:
-    """What a pass over one volume asks for, whatever the engine: MAC, and numbers read and written (models.speed)."""
+    """What a pass over one volume asks for, whatever the engine: MAC, and numbers read and written."""
     from models.cost import forward_macs, parameter_count  # imports monai, which most rows can do without
 
     shape = (1, 4, size, size, size)
     try:
         macs, values = forward_macs(network, shape), unavoidable_values(network, shape)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"--size {size}: {network.network} cannot run on it ({reason}).") from None
     return {"parameters": parameter_count(network), "macs": macs, "values": values}
 

@@ -1,0 +1,1 @@
+"""Everything that only benchmark_inference.py needs."""

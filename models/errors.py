@@ -1,0 +1,11 @@
+"""What goes wrong by something that the person at the terminal can mend."""
+
+
+class InputError(ValueError):
+    """One line that names the file or flag and the remedy; a script ends with it and exit status 2, no traceback."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an exception in one line of at most `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

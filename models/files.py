@@ -1,0 +1,35 @@
+"""Files: written whole or not at all, and the commit of the code that wrote them."""
+
+import csv
+import io
+import os
+import subprocess
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, data: bytes | str):
+    """Write to a temporary name beside `path` and rename: a file with its final name is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: list[dict]):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, table.getvalue())
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with "-dirty" when tracked files were changed; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
