@@ -23,7 +23,7 @@ import torch
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
 from models import build_model
-from models.device import device_name, native_dtypes, synchronise
+from models.device import choose_device, device_name, native_dtypes, synchronise
 from models.training import git_commit, make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--csv", type=Path, help="write every run here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     machine = device_name(device)
     print(f"{machine}, torch {torch.__version__}, commit {git_commit()}")
     rows = []
