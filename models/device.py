@@ -31,8 +31,8 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def keep_freed_memory():
-    """Have the C library keep the memory of freed tensors for the next ones (glibc; elsewhere nothing happens).
+def keep_freed_memory(keep: bool = True):
+    """Have the C library keep the memory of freed tensors for the next ones, or not (glibc; elsewhere nothing happens).
 
     By default it gives every large block back to the system at once, and each page of the next one has to be mapped and
     cleared again: a fifth of the time of a pass of Swin UNETR on a CPU.
@@ -41,9 +41,9 @@ def keep_freed_memory():
         library = ctypes.CDLL("libc.so.6")
     except OSError:  # not glibc
         return
-    library.mallopt(M_MMAP_MAX, 0)
-    library.mallopt(M_TRIM_THRESHOLD, -1)
-    library.mallopt(M_TOP_PAD, 2**28)  # grow by 256 MiB at a time
+    # Without mapped blocks, never trimmed, growing by 256 MiB at a time; or glibc's defaults.
+    for parameter, kept, default in ((M_MMAP_MAX, 0, 65536), (M_TRIM_THRESHOLD, -1, 2**17), (M_TOP_PAD, 2**28, 2**17)):
+        library.mallopt(parameter, kept if keep else default)
 
 
 def device_name(device: torch.device) -> str:
