@@ -322,7 +322,7 @@ def test_two_networks_with_runs_of_one_name_are_told_apart(trained):
 
 def test_the_transformer_tells_its_cost_before_it_trains_and_records_it(compared, trained):
     training, _, _ = compared
-    first = training.stdout.splitlines()[0]
+    first = next(line for line in training.stdout.splitlines() if "million parameters" in line)
     config = json.loads((trained / SWIN_RUN / "config.json").read_text())
     for told in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
         assert told in first

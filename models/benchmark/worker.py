@@ -17,7 +17,14 @@ import torch
 from models import build_model, load_model
 from models.benchmark.profiling import copy_bandwidth_gb_s, floor_ms, matrix_peak_tflops, profile, unavoidable_values
 from models.brats import LABELS, find_cases
-from models.device import DTYPES, float32_multiplication, peak_memory_gib, reset_peak_memory
+from models.device import (
+    DTYPES,
+    choose_device,
+    float32_multiplication,
+    keep_freed_memory,
+    peak_memory_gib,
+    reset_peak_memory,
+)
 from models.errors import InputError, one_line
 from models.inference.engines import Engine, load_engine, with_attention
 from models.inference.predict import segment_case
@@ -67,7 +74,8 @@ def measure_device(job: dict) -> dict:
 
 
 def measure_row(job: dict) -> dict:
-    device = torch.device(job["device"])
+    device = choose_device(job["device"])
+    keep_freed_memory(not job["model"].startswith("monai"))  # MONAI's classes run as they come
     torch.manual_seed(1)
     shape = (job["batch"], 4, *[job["size"]] * 3)
     images = [torch.rand(shape, device=device) for _ in range(IMAGES)]

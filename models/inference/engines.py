@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -241,7 +242,9 @@ class Variant(NamedTuple):
 def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.device, cache: Path) -> Engine:
     start = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((cache / "inductor").resolve()))
+    # A folder for each instruction set: torch finds what it compiled for another one, and that computes nonsense here.
+    compiled = cache / "inductor" / re.sub(r"\W+", "-", machine_of(device))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.resolve())
     torch.backends.cudnn.benchmark = True  # one shape: the search for the fastest convolution pays at once
     image = torch.rand(shape, device=device)
     variant = _fastest(model, engine, dtype, layout, image, cache)

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from models import build_model, onednn
-from models.device import device_name
+from models.device import choose_device, device_name
 from models.files import git_commit
 from models.training import make_loss
 
-CPU = torch.device("cpu")
+CPU = choose_device("cpu")
 # network, its settings, pass, side in voxels, batch
 MEASURED = (
     *(("unet", {}, "training step", side, batch) for side, batch in ((64, 1), (64, 2), (96, 1), (128, 1))),
