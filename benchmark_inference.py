@@ -121,9 +121,9 @@ def choose_contestants(args) -> list[dict]:
 
 def contestant_of(run: Path, args) -> dict:
     """A trained run, or a .pt2 file, which is an engine already; refused unless it was made for the size asked for."""
-    from models import load_checkpoint
     from models.benchmark.worker import mean_test_dice
     from models.inference.exports import read_header
+    from models.runs import load_checkpoint
 
     if run.suffix == ".pt2":
         header = read_header(run, args.device)

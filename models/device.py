@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -131,8 +132,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def decided_once(decide: Callable):
+    """What `decide()` returns in the first process, in all of them: each has its own clock and its own free memory, and
+    what all of them have to agree upon must not depend on either."""
+    decision = [decide() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(decision)
+    return decision[0]
+
+
 def processes_here() -> int:
-    """How many of the processes run on this machine, as torchrun tells."""
+    """How many of the processes run on this machine, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import nn
 
 import benchmark_inference
-from models import CHECKPOINT_FORMAT, build_model, timing
+from models import build_model, timing
 from models.benchmark import figures, profiling, worker
 from models.brats import MODALITIES
 from models.inference.engines import ENGINES
 from models.inference.exports import FORMAT
+from models.runs import CHECKPOINT_FORMAT
 
 SCRIPT = "benchmark_inference.py"
 SMALL = ("--models", "unet", "--size", 32, "--engines", "eager", "--layout", "contiguous", "--device", "cpu")

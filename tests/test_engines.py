@@ -361,8 +361,8 @@ def test_the_flag_names_every_engine():
 
 
 def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
-    from models import CHECKPOINT_FORMAT
     from models.brats import MODALITIES
+    from models.runs import CHECKPOINT_FORMAT
 
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
     torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),

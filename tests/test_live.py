@@ -13,12 +13,13 @@ from conftest import LPS, run_script, write_raw_case
 from test_viewer import SCRIPT, key, open_scene, scroll
 
 import view_interactive_4pane_brats as view
-from models import CHECKPOINT_FORMAT, build_model, load_model
+from models import build_model
 from models.brats import MODALITIES, find_cases, read_case, to_ras
 from models.errors import InputError
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
+from models.runs import CHECKPOINT_FORMAT, load_model
 from models.viewer.session import Run, Session, open_run, segment, with_engine
 from models.viewer.window import Viewer, new_figure
 

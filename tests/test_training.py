@@ -136,7 +136,7 @@ def test_of_equal_epochs_the_first_is_the_best_in_the_checkpoint_and_in_the_plot
     losses, perfect = torch.ones(1), torch.eye(4, dtype=torch.long)[None]
     monkeypatch.setattr(training, "validate", lambda *_: (losses, perfect))
     titles = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: titles.append(figure.axes[1].get_title()))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: titles.append(figure.axes[1].get_title()))
     _, run = train(tensors, tmp_path, "--epochs", 3)
     assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1
     assert titles[-1].endswith("in epoch 1")

@@ -1,8 +1,9 @@
 """The figures of benchmark_inference.py. Knows its rows (dicts, see COLUMNS there), not its files."""
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from models.plots import _patch, _save, _subplots
+from models.plots import save_figure
 
 # Okabe & Ito's colours, told apart by people who see red and green alike
 ENGINE_COLORS = {
@@ -41,7 +42,7 @@ def latency_bars(rows: list[dict], path, title: str):
         axes.grid(alpha=0.3, axis="x")
     grid[-1, 0].set_xlabel("ms per batch: median, whisker to the 90th percentile; black line: floor of this machine")
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def row_name(row: dict) -> str:
@@ -67,7 +68,8 @@ def lines_over(rows: list[dict], x: str, y: str, x_label: str, y_label: str, pat
     panels = {name: lines for name, lines in panels.items() if lines}
     if not panels:
         return False
-    figure, grid = _subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
+    figure = Figure(figsize=(6.5 * len(panels), 5))
+    grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (name, lines) in zip(grid[0], panels.items(), strict=True):
         models = list(dict.fromkeys(model for model, _, _ in lines))
         for (model, engine, dtype), points in lines.items():
@@ -79,13 +81,14 @@ def lines_over(rows: list[dict], x: str, y: str, x_label: str, y_label: str, pat
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2 if len(lines) > 10 else 1)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
 def speed_accuracy(rows: list[dict], path, title: str):
     """Dice against latency (logarithmic), a point per row that has a Dice: up and to the left is better."""
-    figure, axes = _subplots(1, 1, figsize=(11, 6))
+    figure = Figure(figsize=(11, 6))
+    axes = figure.subplots()
     models = list(dict.fromkeys(row["model"] for row in rows))
     for row in rows:
         marker = MARKERS[models.index(row["model"]) % len(MARKERS)]
@@ -99,11 +102,12 @@ def speed_accuracy(rows: list[dict], path, title: str):
     beside = {"frameon": False, "bbox_to_anchor": (1.01, 1), "loc": "upper left"}
     named = axes.legend(title="run; hollow: half precision", **beside)
     axes.add_artist(named)
-    shown = [_patch(ENGINE_COLORS[engine], engine) for engine in dict.fromkeys(row["engine"] for row in rows)]
+    engines = dict.fromkeys(row["engine"] for row in rows)
+    shown = [Patch(color=ENGINE_COLORS[engine], label=engine) for engine in engines]
     axes.legend(handles=shown, title="engine", **beside | {"bbox_to_anchor": (1.01, 0), "loc": "lower left"})
     axes.grid(alpha=0.3, which="both")
     figure.suptitle(title)
-    _save(figure, path, rect=(0, 0, 0.9, 1))  # the legends stand beside the axes
+    save_figure(figure, path, rect=(0, 0, 0.9, 1))  # the legends stand beside the axes
 
 
 def stacked_bars(panels: dict[str, dict[str, dict[str, float]]], path, title: str):
@@ -128,7 +132,7 @@ def stacked_bars(panels: dict[str, dict[str, dict[str, float]]], path, title: st
         axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
         axes.set(xlim=(0, 1.1 * longest), ylim=(len(bars) - 0.4, -0.6), title=name)
     grid[-1, 0].set_xlabel("ms")
-    handles = [_patch(color, part) for part, color in zip(parts, STAGE_COLORS, strict=False)]
+    handles = [Patch(color=color, label=part) for part, color in zip(parts, STAGE_COLORS, strict=False)]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
-    _save(figure, path, rect=(0, 0.35 / height, 1, 1))
+    save_figure(figure, path, rect=(0, 0.35 / height, 1, 1))

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from models import build_model, load_model
+from models import build_model
 from models.benchmark.profiling import copy_bandwidth_gb_s, floor_ms, matrix_peak_tflops, profile, unavoidable_values
 from models.brats import LABELS, find_cases
 from models.device import DTYPES, float32_multiplication, peak_memory_gib, reset_peak_memory
 from models.errors import InputError, one_line
 from models.inference.engines import Engine, load_engine, with_attention
 from models.inference.predict import segment_case
+from models.runs import load_model
 from models.timing import latencies_ms, summary_of
 
 MONAI = "monai-"  # before the name of a network: MONAI's own class with the same weights

@@ -29,7 +29,6 @@ import torch._inductor  # where torch keeps what compiles ahead of time
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import load_model
 from models.device import DTYPES, float32_multiplication, native_dtypes
 from models.errors import InputError, one_line
 from models.files import write_atomically
@@ -42,6 +41,7 @@ from models.inference.exports import (
     read_header,
 )
 from models.inference.predict import predict
+from models.runs import load_model
 from models.timing import latencies_ms
 
 ENGINES = {

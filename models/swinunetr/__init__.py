@@ -17,6 +17,12 @@ DEFAULTS = {
 SIZE_MULTIPLE = 32  # five halvings
 
 
+def smallest_side(config: dict) -> tuple[int, str]:
+    """Voxels that a side of a volume must have at least, and why."""
+    # No block would fill a larger window, or shift it.
+    return 2 * config["window_size"], f"a window of {config['window_size']} tokens of 2 voxels must fit into it"
+
+
 def build(**config):
     """The network with fresh weights; `config` is a complete set of the settings above."""
     from models.swinunetr.network import SwinUNETR

@@ -123,16 +123,6 @@ def refuse_bad_sides(sides):
             )
 
 
-def refuse_large_window(window_size: int, sides):
-    """InputError if a window is larger than the finest token grid of a volume: no block would shift or even fill it."""
-    grid = min(sides) // 2
-    if window_size > grid:
-        raise InputError(
-            f"--window-size {window_size}: larger than the token grid of {grid} that {min(sides)} voxels give. "
-            f"Take {grid} or less (7 is usual), or preprocess to a larger --size."
-        )
-
-
 def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing):
     if feature_size < 12 or feature_size % 12:
         raise InputError(f"feature_size {feature_size}: must be a multiple of 12, such as 12, 24, 36 or 48.")

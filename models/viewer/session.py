@@ -36,8 +36,8 @@ class Run:
 
 def open_run(path: Path, device: str, amp: str) -> Run:
     """The network of a run (its folder, or a checkpoint in it), ready to segment."""
-    from models import load_model
     from models.device import choose_device, inference_dtype
+    from models.runs import load_model
 
     device = choose_device(device)
     model, checkpoint = load_model(path, device)

@@ -25,7 +25,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from models import build_model
 from models.device import device_name, native_dtypes, synchronise
 from models.files import git_commit
-from models.training import make_loss
+from models.losses import make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
 TOLERANCE = {"float32": 1e-4, "bf16": 0.2}  # of logits of the order of 1
