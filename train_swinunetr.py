@@ -41,13 +41,14 @@ def main() -> int:
 
     split = read_split(args.data, args.fold)
     size = size_of_cases(args.data, split)
-    config = {key: getattr(args, key) for key in ("feature_size", "window_size", "attention", "checkpointing")}
+    config = {"feature_size": args.feature_size, "window_size": args.window_size, "attention": args.attention,
+              "checkpointing": args.checkpointing}  # fmt: skip
     refuse_unfit_size("swinunetr", config, size, args.data)
     device = training.setup(args.device, args.seed)
     model = build_model("swinunetr", **config)
     folder = runs.choose_folder(model.network, args.run_name)
     with runs.locked(folder):
-        earlier = runs.record_to_resume(folder, vars(args), split)
+        earlier = runs.record_to_resume(folder, model, vars(args), split)
         settings = cli.settings_of(args, training.Settings)
         settings = training.resolve(settings, model, size, split, device, earlier)
         runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)

@@ -33,7 +33,7 @@ def main() -> int:
     model = build_model("unet")
     folder = runs.choose_folder(model.network, args.run_name)
     with runs.locked(folder):
-        earlier = runs.record_to_resume(folder, vars(args), split)
+        earlier = runs.record_to_resume(folder, model, vars(args), split)
         settings = cli.settings_of(args, training.Settings)
         settings = training.resolve(settings, model, size, split, device, earlier)
         runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)

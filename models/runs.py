@@ -192,11 +192,12 @@ def _is_running(pid: int) -> bool:
 # ---- the record ----------------------------------------------------------------------------------------------------
 
 
-def record_to_resume(folder: Path, arguments: dict, split: dict[str, list[str]]) -> dict | None:
+def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list[str]]) -> dict | None:
     """What config.json says of the run that these arguments (name of a flag -> value) resume; None for a new run.
 
     InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
-    it began with: other data, other cases, other settings, or fewer epochs. An "auto" fits whatever was chosen.
+    it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
+    was chosen.
     """
     last = folder / "last.pt"
     if not arguments["resume"]:
@@ -226,7 +227,18 @@ def record_to_resume(folder: Path, arguments: dict, split: dict[str, list[str]])
     if record["split"] != split:
         raise InputError(f"--resume: {arguments['data']}/splits.json is not the split that {folder} was trained on: "
                          "its validation cases may have been trained on.")  # fmt: skip
+    _refuse_other_network(last, model)
     return record
+
+
+def _refuse_other_network(path: Path, model):
+    checkpoint = load_checkpoint(path, mmap=True)
+    trained, asked = (
+        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
+        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
+    )
+    if checkpoint["network"] != model.network or trained != asked:
+        raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
 
 
 def current_arguments(record: dict) -> dict:
@@ -319,12 +331,6 @@ def save(path: Path, content: dict):
 def restore(path: Path, model, optimizer, scaler) -> list[dict]:
     """Load the state after the last whole epoch; returns the history."""
     checkpoint = load_checkpoint(path)
-    trained, asked = (
-        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
-        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
-    )
-    if checkpoint["network"] != model.network or trained != asked:
-        raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
     load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
