@@ -171,8 +171,8 @@ def peak_memory_gib(device: torch.device) -> float:
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
     try:
-        import resource
-    except ImportError:  # Windows
+        import resource  # not on Windows
+    except ImportError:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -186,7 +186,7 @@ def free_memory_bytes(device: torch.device) -> float:
 def free_ram_bytes(root: Path = Path("/")) -> float:
     """Memory that this process can still take: what the system has available or what its cgroup (version 1 or 2), or
     one around it, still allows, whichever is less. A container limits its memory by a cgroup and shows the whole
-    machine's. nan where the system does not tell."""
+    machine's. nan where the system does not say."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return math.nan

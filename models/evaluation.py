@@ -32,7 +32,7 @@ ENSEMBLE = "ensemble"
 
 def names_of(runs: list[Run], ensemble: bool) -> list[str]:
     """What each run is called in the tables: its folder's name, with the network's before it where two are the same.
-    InputError for names that cannot be told apart."""
+    InputError for a run given twice and for two of one name."""
     for index, run in enumerate(runs):
         if any(run.checkpoint.resolve() == other.checkpoint.resolve() for other in runs[:index]):
             raise InputError(f"{run.checkpoint}: given twice. Name each run once.")

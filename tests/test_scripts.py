@@ -320,12 +320,12 @@ def test_two_networks_with_runs_of_one_name_are_told_apart(trained):
     assert (trained / "both/swinunetr-first_overlay_worst.png").is_file()
 
 
-def test_the_transformer_tells_its_cost_before_it_trains_and_records_it(compared, trained):
+def test_the_transformer_says_what_it_costs_before_it_trains_and_records_it(compared, trained):
     training, _, _ = compared
     first = training.stdout.splitlines()[0]
     config = json.loads((trained / SWIN_RUN / "config.json").read_text())
-    for told in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
-        assert told in first
+    for said in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
+        assert said in first
     assert config["model"]["window_size"] == 4 and config["model"]["checkpointing"] == "blocks"
     assert config["parameters"] == sum(p.numel() for p in build_model("swinunetr", **config["model"]).parameters())
 

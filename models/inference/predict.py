@@ -10,6 +10,7 @@ import torch
 
 from models.brats import Case, read_case, to_raw_labels, write_label_nifti
 from models.device import synchronise
+from models.losses import probabilities_from_logits
 from models.preprocessing import native_label_map, to_network
 
 MIRRORS = tuple(chain.from_iterable(combinations((2, 3, 4), count) for count in range(4)))  # the 8 sets of axes
@@ -25,7 +26,7 @@ def predict(model, image: torch.Tensor, amp_dtype: torch.dtype | None = None, fl
     for axes in mirrors:
         with torch.autocast(image.device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(image.flip(axes))
-        total = total + logits.float().softmax(1).flip(axes)
+        total = total + probabilities_from_logits(logits).flip(axes)
     return total[0] / len(mirrors)
 
 
