@@ -264,8 +264,8 @@ def write_record(
     print(f"{model.network}: {costs['parameters'] / 1e6:.1f} million parameters; {costs['gmac']:.1f} GMAC = "
           f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
           f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {arguments['batch_size']}).")
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
-    plain |= {"data": _portable(arguments["data"]), "run_name": folder.name}
+    data = arguments["data"]
+    arguments = arguments | {"data": _portable(data), "run_name": folder.name}
     circumstances = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
@@ -277,26 +277,28 @@ def write_record(
             "network": model.network,
             "model": model.config,
             "size": size,
-            "spacing_mm": spacing_of_cases(arguments["data"]),
-            "arguments": plain,
-            "learning_rate": arguments["learning_rate"],
+            "spacing_mm": spacing_of_cases(data),
+            "arguments": arguments,
             "processes": world_size(),
             "effective_batch_size": arguments["batch_size"] * arguments["accumulate"] * world_size(),
-            "data_manifest_sha256": manifest_checksum(arguments["data"]),
+            "data_manifest_sha256": manifest_checksum(data),
             "split": split,
             **costs,
             **circumstances,
         }
     else:
-        before = current_arguments(earlier)
-        changed = {key: value for key, value in plain.items() if key != "resume" and before.get(key) != value}
-        after_epoch = load_checkpoint(folder / "last.pt", mmap=True)["epoch"]
-        print(f"Resuming {folder} after epoch {after_epoch}"
-              + "".join(f"; --{key.replace('_', '-')} is {value}, was {before.get(key)}"
-                        for key, value in changed.items()) + ".")  # fmt: skip
-        resumption = {"after_epoch": after_epoch, "changed": changed, **circumstances}
+        resumption = _resumption(folder, earlier, arguments) | circumstances
         record = earlier | {"resumptions": [*earlier.get("resumptions", ()), resumption]}
     write_atomically(folder / "config.json", json.dumps(record, indent=1))
+
+
+def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
+    """After which epoch the run goes on, and which arguments have changed; printed as well."""
+    before, after_epoch = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)["epoch"]
+    changed = {key: value for key, value in arguments.items() if key != "resume" and before.get(key) != value}
+    said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
+    print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
+    return {"after_epoch": after_epoch, "changed": changed}
 
 
 def _portable(path: Path) -> str:

@@ -287,8 +287,8 @@ def test(model, settings: Settings, split: dict[str, list[str]], folder: Path, d
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "case"}
     if rank() == 0:
         write_csv(folder / "test_results.csv", [*rows, {"case": "mean", **mean}])
-        median = sorted(range(len(rows)), key=lambda index: mean_label_dice(scores[index]))[len(rows) // 2]
-        draw_prediction(model, settings, split["test"][median], checkpoint["epoch"], folder, device)
+        middle = sorted(range(len(rows)), key=lambda index: mean_label_dice(scores[index]))[len(rows) // 2]
+        draw_prediction(model, settings, split["test"][middle], checkpoint["epoch"], folder, device)
     return {target: mean[f"dice_{target}"] for target in TARGETS}
 
 
