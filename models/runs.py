@@ -205,7 +205,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
             raise InputError(f"{folder} holds a run already. Choose another --run-name, or go on with --resume.")
         return None
     if not last.is_file():
-        raise InputError(f"--resume: {last} does not exist. Say which run with --run-name.")
+        raise InputError(f"--resume: {last} does not exist. Say which run with --run-name, or begin it without "
+                         "--resume.")  # fmt: skip
     record = read_record(folder)
     if not record:
         raise InputError(f"--resume: {folder / 'config.json'} is missing, so it is not known what the run began with.")
@@ -258,9 +259,9 @@ def write_record(
         arguments: name of a flag -> value, without "auto".
         size: of a case, [D, H, W] voxels.
     """
-    costs = cost.of_training(model, (arguments["batch_size"], 4, *size), AMP_DTYPES[arguments["amp"]])
     if rank() != 0:
         return
+    costs = cost.of_training(model, (arguments["batch_size"], 4, *size), AMP_DTYPES[arguments["amp"]])
     print(f"{model.network}: {costs['parameters'] / 1e6:.1f} million parameters; {costs['gmac']:.1f} GMAC = "
           f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
           f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {arguments['batch_size']}).")
