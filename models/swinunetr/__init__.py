@@ -3,6 +3,8 @@
 62.2 million parameters at the default feature size of 48, with the names and shapes of MONAI's SwinUNETR.
 """
 
+from models.swinunetr.network import SwinUNETR
+
 DEFAULTS = {
     "in_channels": 4,
     "out_channels": 4,
@@ -25,6 +27,4 @@ def smallest_side(config: dict) -> tuple[int, str]:
 
 def build(**config):
     """The network with fresh weights; `config` is a complete set of the settings above."""
-    from models.swinunetr.network import SwinUNETR
-
     return SwinUNETR(**config)

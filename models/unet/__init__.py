@@ -2,6 +2,8 @@
 
 import math
 
+from monai.networks.nets import UNet
+
 DEFAULTS = {
     "in_channels": 4,
     "out_channels": 4,
@@ -18,6 +20,5 @@ def smallest_side(config: dict) -> tuple[int, str]:
 
 
 def build(**config):
-    from monai.networks.nets import UNet
-
+    """The network with fresh weights; `config` is a complete set of the settings above."""
     return UNet(spatial_dims=3, **config)
