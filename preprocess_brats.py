@@ -38,7 +38,7 @@ def arguments():
     parser.add_argument("--size", type=cli.positive_int, default=128, help="side of the cube in voxels")
     parser.add_argument("--spacing", type=cli.positive_float, default=1.0, help="voxel size in mm before the crop")
     parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
-                        help="what the raw label values mean, where the file names do not tell")
+                        help="what the raw label values mean, where the file names do not say")
     parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
                         help="processes; each takes less than 0.6 GiB of memory")
     parser.add_argument("--compact", action="store_true", help="store float16 and uint8: 19 MB a case instead of 50")

@@ -12,6 +12,8 @@ tensors take 5.5 GiB at 128x128x128 in bf16 (counted); evaluate.py compares the 
                                                                               8: a minute on a CPU)
 """
 
+from dataclasses import asdict
+
 from models import cli
 
 
@@ -34,22 +36,25 @@ def arguments():
 
 def main() -> int:
     args = arguments()
-    from models import build_model, training
-    from models.dataset import choose_input, read_split
-    from models.swinunetr.network import refuse_large_window
+    from models import build_model, refuse_unfit_size, runs, training
+    from models.dataset import read_split, size_of_cases
 
     split = read_split(args.data, args.fold)
-    size = training.check_cases(args.data, split, "swinunetr")
-    refuse_large_window(args.window_size, size)
-    device = training.setup(args)
-    args.cache, args.workers = choose_input(args, split, device)
-    settings = {"feature_size": args.feature_size, "window_size": args.window_size}
-    model = build_model("swinunetr", **settings, attention=args.attention, checkpointing=args.checkpointing)
-    args.amp = training.choose_amp(model, args, size, device)
-    run = training.open_run(model, args, split, size, device)
-    minutes = training.fit(model, args, split, run, device)
-    dice = training.test(model, args, split, run, device)
-    training.report(run, split, dice, minutes)
+    size = size_of_cases(args.data, split)
+    config = {"feature_size": args.feature_size, "window_size": args.window_size, "attention": args.attention,
+              "checkpointing": args.checkpointing}  # fmt: skip
+    refuse_unfit_size("swinunetr", config, size, args.data)
+    device = training.setup(args.device, args.seed)
+    model = build_model("swinunetr", **config)
+    folder = runs.choose_folder(model.network, args.run_name)
+    with runs.locked(folder):
+        earlier = runs.record_to_resume(folder, model, vars(args), split)
+        settings = cli.settings_of(args, training.Settings)
+        settings = training.resolve(settings, model, size, split, device, earlier)
+        runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)
+        minutes = training.fit(model, settings, split, folder, device, args.resume)
+        dice = training.test(model, settings, split, folder, device)
+    training.report(folder, split, dice, minutes)
     return 0
 
 

@@ -10,6 +10,8 @@ test_results.csv and test_prediction_overlay.png.
                                                                          a minute on a CPU)
 """
 
+from dataclasses import asdict
+
 from models import cli
 
 
@@ -21,19 +23,23 @@ def arguments():
 
 def main() -> int:
     args = arguments()
-    from models import build_model, training
-    from models.dataset import choose_input, read_split
+    from models import build_model, refuse_unfit_size, runs, training
+    from models.dataset import read_split, size_of_cases
 
     split = read_split(args.data, args.fold)
-    size = training.check_cases(args.data, split, "unet")
-    device = training.setup(args)
-    args.cache, args.workers = choose_input(args, split, device)
+    size = size_of_cases(args.data, split)
+    refuse_unfit_size("unet", {}, size, args.data)
+    device = training.setup(args.device, args.seed)
     model = build_model("unet")
-    args.amp = training.choose_amp(model, args, size, device)
-    run = training.open_run(model, args, split, size, device)
-    minutes = training.fit(model, args, split, run, device)
-    dice = training.test(model, args, split, run, device)
-    training.report(run, split, dice, minutes)
+    folder = runs.choose_folder(model.network, args.run_name)
+    with runs.locked(folder):
+        earlier = runs.record_to_resume(folder, model, vars(args), split)
+        settings = cli.settings_of(args, training.Settings)
+        settings = training.resolve(settings, model, size, split, device, earlier)
+        runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)
+        minutes = training.fit(model, settings, split, folder, device, args.resume)
+        dice = training.test(model, settings, split, folder, device)
+    training.report(folder, split, dice, minutes)
     return 0
 
 

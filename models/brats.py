@@ -1,6 +1,6 @@
 """Facts and files of the BraTS data sets: modalities, labels, regions, folder layouts, reading and writing NIfTI.
 
-Three layouts are found without being told:
+Three layouts are found without a flag:
 * BraTS 2017-2021: `<case>/<case>_{t1,t1ce,t2,flair,seg}.nii[.gz]`, labels 0 1 2 4
 * BraTS 2023 on:   `<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz`, labels 0 1 2 3
 * MSD Task01:      `imagesTr/<case>.nii.gz` (4-D), `labelsTr/<case>.nii.gz`, `dataset.json`

@@ -4,22 +4,22 @@
 import argparse
 import os
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
 
 from models.errors import InputError
 
 
 def run(main):
-    """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable
-    command or input (one line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of
-    ours is not caught (traceback, 1)."""
+    """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable command or input (one
+    line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of ours is not caught
+    (traceback, 1)."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed the pipe: nothing to tell
+    except BrokenPipeError:  # `| head` closed the pipe: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (InputError, OSError) as error:
@@ -32,7 +32,6 @@ def run(main):
 
 def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring followed by the flags with their defaults."""
-
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """Both at once: the docstring as it stands, and the defaults where there are any."""
@@ -63,6 +62,13 @@ def non_negative_float(text: str) -> float:
 
 def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def folder_name(text: str) -> str:
+    """One that leads nowhere else: on no system a path of several parts, or upwards."""
+    if text in ("", ".", "..") or set(text) & set("/\\:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a single folder")
+    return text
 
 
 def _number(text, kind, fits, wanted):
@@ -128,5 +134,13 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime = parser.add_argument_group("runtime and output")
     add_device_arguments(runtime)
     runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
-    runtime.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="folder below models/*/results/")
-    runtime.add_argument("--resume", action="store_true", help="go on with the run of this name after its last epoch")
+    runtime.add_argument("--run-name", type=folder_name,
+                         help="folder below models/<network>/results/ (default: the date and time)")
+    runtime.add_argument("--resume", action="store_true",
+                         help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
+                              "and what changes the speed alone may differ from what it began with")
+
+
+def settings_of(args: argparse.Namespace, kind: type):
+    """A dataclass of this kind, each field filled from the flag of the same name."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})

@@ -7,11 +7,12 @@ import weakref
 from copy import deepcopy
 
 import torch
-from monai.losses import DiceCELoss
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.losses import make_loss
 
 GIB = 2**30
 # What autocast casts on CUDA, of the functions that our networks and MONAI's call; the others keep their types.
@@ -21,7 +22,7 @@ RAISED = {"layer_norm", "softmax"}
 
 
 def of_training(model, shape, amp_dtype: torch.dtype | None) -> dict:
-    """What a run tells before it begins and records: parameters, GMAC per volume, and the peak of a training step."""
+    """What a training says before it begins, and records: parameters, GMAC per volume, peak GiB of a training step."""
     return {
         "parameters": parameter_count(model),
         "gmac": forward_macs(model, (1, *shape[1:])) / 1e9,
@@ -54,7 +55,7 @@ def training_peak_gib(model, shape, amp_dtype: torch.dtype | None) -> float:
     model = _on_meta(model).train()
     _run_as_on_cuda(model, amp_dtype or torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
-    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    loss = make_loss()
     live = LiveMemory()
     for parameter in model.parameters():
         live.follow(parameter)
@@ -79,7 +80,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.storages = {}  # address -> weak reference, which tells when the storage is freed
+        self.storages = {}  # address -> weak reference with a callback when the storage is freed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -13,13 +13,12 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from isal import isal_zlib
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from models.brats import MODALITIES
-from models.device import free_memory_bytes, free_ram_bytes, processes_here, rank, world_size
+from models.device import decided_once, free_memory_bytes, free_ram_bytes, processes_here, rank
 from models.errors import InputError, one_line
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
@@ -81,6 +80,22 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
     return case
 
 
+def size_of_cases(data: Path, split: dict[str, list[str]]) -> list[int]:
+    """The size [D, H, W] (voxels) that all cases of a split share. InputError for one that is missing, damaged, without
+    label or of another size."""
+    sizes = {}
+    for name in split["train"] + split["validation"] + split["test"]:
+        path = data / f"{name}.pt"
+        case = load_case(path, as_stored=True)
+        if "label" not in case:
+            raise InputError(f"{path}: has no label, so it cannot be trained on. Preprocess {data} again.")
+        sizes[tuple(case["image"].shape[1:])] = path
+    if len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise InputError(f"{first} is {a} and {second} is {b}. Preprocess all cases with one --size.")
+    return list(next(iter(sizes)))
+
+
 # ---- splits --------------------------------------------------------------------------------------------------------
 
 
@@ -125,19 +140,18 @@ def _manifest(data: str | Path) -> dict:
 # ---- where the cases are kept --------------------------------------------------------------------------------------
 
 
-def choose_input(args, split: dict[str, list[str]], device: torch.device) -> tuple[str, int]:
-    """--cache without "auto" and as many of the --workers as there is shared memory for. Raises InputError for a cache
-    that does not fit. The first process decides for all, before any of them takes memory."""
-    decision = [None]
-    if rank() == 0:
-        names = split["train"] + split["validation"]
-        case = load_case(Path(args.data) / f"{names[0]}.pt", as_stored=True)
+def choose_input(
+    data: Path, names: list[str], cache: str, workers: int, batch_size: int, device: torch.device
+) -> tuple[str, int]:
+    """--cache without "auto" for the cases of these names, and as many of the --workers as there is shared memory for.
+    Raises InputError for a cache that does not fit. Call it before any process takes memory."""
+
+    def decide():
+        case = load_case(data / f"{names[0]}.pt", as_stored=True)
         case_bytes = case["image"].nbytes + case["label"].numel()  # every label is kept as uint8
-        decision = [(choose_cache(args.cache, len(names), case_bytes, device),
-                     choose_workers(args.workers, args.batch_size * case_bytes))]  # fmt: skip
-    if world_size() > 1:
-        dist.broadcast_object_list(decision)
-    return decision[0]
+        return choose_cache(cache, len(names), case_bytes, device), choose_workers(workers, batch_size * case_bytes)
+
+    return decided_once(decide)
 
 
 def choose_cache(choice: str, count: int, case_bytes: int, device: torch.device) -> str:

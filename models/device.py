@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -150,8 +151,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def decided_once(decide: Callable):
+    """What `decide()` returns in the first process, in all of them: each has its own clock and its own free memory, and
+    what all of them have to agree upon must not depend on either."""
+    decision = [decide() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(decision)
+    return decision[0]
+
+
 def processes_here() -> int:
-    """How many of the processes run on this machine, as torchrun tells."""
+    """How many of the processes run on this machine, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -180,8 +190,8 @@ def peak_memory_gib(device: torch.device) -> float:
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
     try:
-        import resource
-    except ImportError:  # Windows
+        import resource  # not on Windows
+    except ImportError:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -195,7 +205,7 @@ def free_memory_bytes(device: torch.device) -> float:
 def free_ram_bytes(root: Path = Path("/")) -> float:
     """Memory that this process can still take: what the system has available or what its cgroup (version 1 or 2), or
     one around it, still allows, whichever is less. A container limits its memory by a cgroup and shows the whole
-    machine's. nan where the system does not tell."""
+    machine's. nan where the system does not say."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return math.nan

@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+
 
 def write_atomically(path: str | Path, data: bytes | str):
     """Write to a temporary name beside `path` and rename: a file with its final name is whole."""
@@ -28,7 +30,7 @@ def write_csv(path: Path, rows: list[dict]):
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with "-dirty" when tracked files were changed; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -6,6 +6,7 @@ One confusion matrix per case holds all that Dice needs, for labels and regions 
 import statistics
 
 import torch
+from scipy.stats import wilcoxon
 
 from models.brats import LABELS, TARGETS
 
@@ -72,8 +73,6 @@ def summarise(rows: list[dict]) -> dict:
 def compare(rows: list[dict], first: str, second: str) -> list[dict]:
     """Per space and target, how the Dice of the run `second` differs from that of `first` on the same cases: the mean
     difference and the p-value of Wilcoxon's two-sided signed-rank test (1 where no case differs)."""
-    from scipy.stats import wilcoxon
-
     scores = {(row["run"], row["space"], row["target"], row["case"]): row["dice"] for row in rows}
     compared = []
     for space, target in dict.fromkeys((row["space"], row["target"]) for row in rows):

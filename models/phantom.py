@@ -15,7 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import nibabel
 import numpy as np
+from isal import igzip
+from tqdm import tqdm
+
+from models.files import write_atomically
 
 SHAPE = (240, 240, 155)  # BraTS's grid
 CENTER_MM = (120.0, 112.0, 70.0)  # where the middle of the brain is on it, along right, anterior, superior
@@ -258,11 +263,6 @@ def write_case(out: Path, layout: str, seed: int, index: int, spacing_mm: float 
 
 
 def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
-    import nibabel
-    from isal import igzip
-
-    from models.files import write_atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     data = nibabel.Nifti1Image(voxels, affine).to_bytes()
     # a fixed time stamp: the same seed gives the same bytes
@@ -271,10 +271,6 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
 
 def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | None = None):
     """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
-    from tqdm import tqdm
-
-    from models.files import write_atomically
-
     out.mkdir(parents=True, exist_ok=True)
     workers = min(cases, workers or os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

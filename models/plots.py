@@ -4,12 +4,14 @@ Volumes come in RAS axes ([..., D, H, W]: index grows to the patient's right, to
 in radiological convention: the patient's right is on the left of the picture, anterior (or superior) is up.
 """
 
-import os
-from pathlib import Path
+import io
 
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot: it keeps every figure, and may want a display
+from matplotlib.patches import Patch
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES
+from models.files import write_atomically
 
 # Label colours are told apart by people who see red and green alike (Okabe & Ito): vermilion, sky blue, yellow.
 LABEL_COLORS = {1: (0.84, 0.37, 0.00), 2: (0.34, 0.71, 0.91), 3: (0.94, 0.89, 0.26)}
@@ -57,7 +59,8 @@ def largest_tumour_slice(label: np.ndarray, plane: str = "axial") -> int:
 
 def training_plots(history: list[dict], path, title: str):
     """Loss, and validation Dice per label, over the epochs: [loss | Dice], with the best epoch marked."""
-    figure, (left, right) = _subplots(1, 2, figsize=(12, 4.5))
+    figure = Figure(figsize=(12, 4.5))
+    left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(history) < 30 else None
     for key, color, name in (("train_loss", "#555555", "training"), ("validation_loss", "#0072B2", "validation")):
@@ -76,7 +79,7 @@ def training_plots(history: list[dict], path, title: str):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[str, np.ndarray], path, title: str):
@@ -92,7 +95,8 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
     shown = label if label is not None else next(iter(maps.values()))
     index = largest_tumour_slice(shown)
     height = 3 * len(rows) + 1  # inches
-    figure, grid = _subplots(len(rows), 4, figsize=(12, height), facecolor="black", squeeze=False)
+    figure = Figure(figsize=(12, height), facecolor="black")
+    grid = figure.subplots(len(rows), 4, squeeze=False)
     for column, modality in enumerate(MODALITIES):
         low, high = intensity_window(image[column])
         for axes, (name, overlay) in zip(grid[:, column], rows.items(), strict=True):
@@ -105,12 +109,12 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
                 axes.set_title(modality.upper(), color="white", fontsize=13)
             if column == 0:
                 axes.set_ylabel(name, color="white", fontsize=13)
-    legend = [_patch(LABEL_COLORS[value], f"{LABELS[value]}, {LABEL_NAMES[LABELS[value]]}") for value in LABELS]
+    legend = [Patch(color=LABEL_COLORS[value], label=f"{name}, {LABEL_NAMES[name]}") for value, name in LABELS.items()]
     figure.legend(handles=legend, loc="lower center", ncols=3, facecolor="black", labelcolor="white", frameon=False)
     title = f"{title}\naxial slice {index} of {image.shape[3]}; {CONVENTION}"
     figure.suptitle(title, color="white", fontsize=11)
     lines = title.count("\n") + 1
-    _save(figure, path, rect=(0, 0.45 / height, 1, 1 - (0.1 + 0.2 * lines) / height))
+    save_figure(figure, path, rect=(0, 0.45 / height, 1, 1 - (0.1 + 0.2 * lines) / height))
 
 
 def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, notes: dict[str, str]):
@@ -120,7 +124,8 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
         scores: target -> run -> Dice of the cases, in one order.
         notes: target -> a line below the panel's title.
     """
-    figure, grid = _subplots(1, len(scores), figsize=(4 * len(scores), 5), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4 * len(scores), 5))
+    grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
     for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
         places = range(len(by_run))
         for dice in zip(*by_run.values(), strict=True):
@@ -134,30 +139,12 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
     grid[0][0].set_ylabel("Dice; a line is a case")
     grid[0][0].legend()
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _subplots(*args, **kwargs):
-    """Like pyplot.subplots, without its global state: needs no display and leaks no figure."""
-    from matplotlib.figure import Figure
-
-    rows, columns = args
-    squeeze = kwargs.pop("squeeze", True)
-    sharey = kwargs.pop("sharey", False)
-    figure = Figure(**kwargs)
-    return figure, figure.subplots(rows, columns, squeeze=squeeze, sharey=sharey)
-
-
-def _patch(color, label: str):
-    from matplotlib.patches import Patch
-
-    return Patch(color=color, label=label)
-
-
-def _save(figure, path, rect=(0, 0, 1, 1)):
-    """Write beside `path` and rename, so that a reader never sees half a picture."""
-    path = Path(path)
+def save_figure(figure, path, rect=(0, 0, 1, 1)):
+    """As PNG; `rect` (left, bottom, right, top, of 1) is what the axes may fill. A reader never sees half a picture."""
     figure.tight_layout(rect=rect)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_atomically(path, picture.getvalue())

@@ -114,7 +114,7 @@ def to_native(volume: torch.Tensor, geometry: dict) -> torch.Tensor:
 
 
 def label_map(probabilities: torch.Tensor) -> torch.Tensor:
-    """The most probable class uint8 [D, H, W] of [C, D, H, W], the lowest where two are equal.
+    """The most probable class uint8 [...] of [C, ...], the lowest where two are equal.
 
     A running maximum takes a CPU a seventh of the time of argmax over the slowest axis.
     """

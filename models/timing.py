@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from models.device import synchronise
 
@@ -38,6 +39,15 @@ def latencies_ms(
         synchronise(device)
         times.append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def stage_durations_ms(run: Callable[[Callable[[str], None]], object]) -> tuple[object, dict[str, float]]:
+    """What `run(on_stage)` returns, and the milliseconds of each of its stages; it calls on_stage(name) as one begins,
+    the device idle."""
+    began = []
+    result = run(lambda stage: began.append((stage, time.perf_counter())))
+    began.append(("end", time.perf_counter()))
+    return result, {stage: 1e3 * (end_s - start_s) for (stage, start_s), (_, end_s) in pairwise(began)}
 
 
 def summary_of(times_ms: list[float]) -> dict[str, float]:

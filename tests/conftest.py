@@ -1,6 +1,7 @@
 """Small BraTS-like cases on disk, and a way to run the scripts as a user does."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +53,20 @@ def write_raw_case(folder: Path, case="BraTS2021_00000", layout="brats2021", see
     return folder / case, volumes, label
 
 
+def copy_of_the_code(folder: Path):
+    """The scripts and models/, without its results, in `folder`: what they write below the repository stays there."""
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("models/**/*.pyc")):
+        target = folder / source.relative_to(ROOT)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)  # with its time stamp, or Python would compile it again
+
+
 def run_script(script: str, *arguments, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    """Run a script from the folder `cwd` and check its exit status; never a traceback."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    """Run a script of a copy of the code in `cwd`, from there, and check its exit status; never a traceback."""
+    copy_of_the_code(cwd)
+    command = [sys.executable, script, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     return result

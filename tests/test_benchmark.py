@@ -3,27 +3,40 @@
 import csv
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 from torch import nn
 
 import benchmark_inference
-from models import CHECKPOINT_FORMAT, build_model, timing
-from models.benchmark import figures, profiling, worker
-from models.brats import MODALITIES
-from models.inference.engines import ENGINES
+from models import build_model, timing
+from models.benchmark import figures, jobs, profiling, table, worker
+from models.benchmark.table import COLUMNS, Row
+from models.benchmark.worker import DeviceSpeed, Job, Model, Result
+from models.brats import MODALITIES, find_cases, read_case
+from models.inference.engines import ENGINES, with_attention
 from models.inference.exports import FORMAT
+from models.inference.predict import predict
+from models.preprocessing import to_native, to_network
+from models.runs import CHECKPOINT_FORMAT, load_model
 
 SCRIPT = "benchmark_inference.py"
-SMALL = ("--models", "unet", "--size", 32, "--engines", "eager", "--layout", "contiguous", "--device", "cpu")
+SMALL = ("--models", "unet", "--size", 32, "--engines", "eager", "--layout", "contiguous", "--device", "cpu", "--out",
+         "benchmark")  # fmt: skip
+SETTING = {"engines": None, "sizes": [32], "batch_sizes": [1], "device": "cpu"}
+SHARED = {"layout": "contiguous", "repeats": 5, "max_seconds": 10, "cache": ""}
+UNET = Model("unet", "unet", {})
+JOB = Job(model=UNET, engine="eager", dtype="float32", batch=1, size=32, device="cpu", parameters=4_800_000,
+          macs=2_000_000_000, values=3_000_000, **SHARED)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +48,7 @@ def trained(tmp_path_factory):
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
     torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
                 "epoch": 1, "model": model.state_dict()}, run / "best.pt")  # fmt: skip
-    (run / "config.json").write_text(json.dumps({"size": [32, 32, 32]}))
+    (run / "config.json").write_text(json.dumps({"size": [32, 32, 32], "spacing_mm": 1.0}))
     (run / "test_results.csv").write_text("case,dice_NCR,dice_ED,dice_ET\na,0,0,0\nmean,0.3,0.6,0.9\n")
     return run
 
@@ -51,8 +64,8 @@ def first(raw, trained, tmp_path_factory):
 
 
 def rows_of(folder):
-    (table,) = set((folder / "benchmarks").glob("inference-*.csv")) - set((folder / "benchmarks").glob("*-profile.csv"))
-    return list(csv.DictReader(table.open(newline="")))
+    (path,) = set((folder / "benchmark").glob("inference-*.csv")) - set((folder / "benchmark").glob("*-profile.csv"))
+    return list(csv.DictReader(path.open(newline="")))
 
 
 # ---- the script ----------------------------------------------------------------------------------------------------
@@ -76,50 +89,59 @@ def test_every_setting_is_a_row_with_its_measurements(first):
         assert "--case" in row["command"] and row["date"] and row["torch"] == torch.__version__
 
 
-def jobs_of(monkeypatch, *options):
-    """The rows that the script would measure."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, options)])
-    args = benchmark_inference.arguments()
-    return benchmark_inference.make_jobs(args, benchmark_inference.choose_contestants(args))
-
-
 def test_what_this_machine_cannot_run_is_listed_with_the_reason(monkeypatch):
-    monkeypatch.setattr("models.device.native_dtypes", lambda device: {torch.float32, torch.bfloat16})
-    jobs = jobs_of(monkeypatch, *SMALL[:4], "--device", "cpu")
-    assert {(job["engine"], job["dtype"]) for job in jobs} == {
+    monkeypatch.setattr(jobs, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    made = jobs.make_jobs([UNET], dtypes=None, **SETTING, **SHARED)
+    assert {(job.engine, job.dtype) for job in made} == {
         (engine, dtype) for engine in ENGINES for dtype in ("float32", "bf16")
     }
-    reasons = {job["engine"]: job["status"] for job in jobs if "status" in job and job["dtype"] == "float32"}
-    assert reasons["cudagraph"] == "not run: CUDA graphs need a CUDA device"
-    assert reasons["fused"] == "not run: the network has no attention" and "eager" not in reasons
+    reasons = {job.engine: job.not_run for job in made if job.dtype == "float32"}
+    assert reasons["cudagraph"] == "CUDA graphs need a CUDA device"
+    assert reasons["fused"] == "the network has no attention" and reasons["eager"] is None
+    assert worker.measure(replace(JOB, not_run="no reason")) == Result(status="not run: no reason")
 
 
 def test_a_type_that_is_only_emulated_is_listed_and_runs_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr("models.device.native_dtypes", lambda device: {torch.float32})
-    emulated = [job for job in jobs_of(monkeypatch, *SMALL) if job["dtype"] == "bf16"]
-    assert [job["status"] for job in emulated] == ["not run: emulated on this processor"]
-    (asked,) = jobs_of(monkeypatch, *SMALL, "--dtypes", "bf16")
-    assert asked["dtype"] == "bf16" and "status" not in asked
+    monkeypatch.setattr(jobs, "native_dtypes", lambda device: {torch.float32})
+    eager = SETTING | {"engines": ["eager"]}
+    emulated = [job for job in jobs.make_jobs([UNET], dtypes=None, **eager, **SHARED) if job.dtype == "bf16"]
+    assert [job.not_run for job in emulated] == ["emulated on this processor"]
+    (asked,) = jobs.make_jobs([UNET], dtypes=["bf16"], **eager, **SHARED)
+    assert asked.dtype == "bf16" and asked.not_run is None
 
 
-def test_monais_classes_run_beside_ours_with_the_same_weights(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--feature-size", "12", "--size", "32"])
-    chosen = benchmark_inference.choose_contestants(benchmark_inference.arguments())
-    assert [one["model"] for one in chosen] == ["unet", "swinunetr", "monai-unet", "monai-swinunetr"]
-    assert chosen[3]["config"] == chosen[1]["config"] == {"feature_size": 12}
-    assert chosen[3]["engines"] == ["eager", "fused", "compile"]
+def test_monais_classes_run_beside_ours_with_the_same_weights():
+    chosen = jobs.choose_models(None, [], feature_size=12, **SETTING)
+    assert [model.name for model in chosen] == ["unet", "swinunetr", "monai-unet", "monai-swinunetr"]
+    assert chosen[3].config == chosen[1].config == {"feature_size": 12}
+    assert chosen[3].engines == ("eager", "fused", "compile")
 
 
-def test_runs_of_different_width_each_have_their_own_of_monai(trained, tmp_path, monkeypatch):
+def test_runs_of_different_width_each_have_their_own_of_monai(trained, tmp_path):
     wide = dict(torch.load(trained / "best.pt", weights_only=True))
     wide["config"] = wide["config"] | {"channels": [8, 16, 32, 64, 128]}
-    for name, checkpoint in (("wide", wide), ("again", wide)):
-        (tmp_path / name).mkdir()
-        torch.save(checkpoint, tmp_path / name / "best.pt")
+    for name in ("wide", "again"):
+        shutil.copytree(trained, tmp_path / name)
+        torch.save(wide, tmp_path / name / "best.pt")
     runs = [trained, tmp_path / "wide", tmp_path / "again"]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--size", "32", "--run", *map(str, runs)])
-    chosen = benchmark_inference.choose_contestants(benchmark_inference.arguments())
-    assert [one["source"] for one in chosen if one["model"].startswith("monai-")] == [str(trained), str(runs[2])]
+    chosen = jobs.choose_models(None, runs, feature_size=12, **SETTING)
+    assert [model.source for model in chosen if model.name.startswith("monai-")] == [str(trained), str(runs[2])]
+
+
+def test_results_go_to_the_repository_wherever_the_command_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    assert benchmark_inference.arguments().out == ROOT / "models/benchmark/results"
+
+
+def test_a_row_that_fails_is_in_the_table_and_ends_with_status_3(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "measure_speed", lambda *_: DeviceSpeed({"float32": 1.0}, 10.0))
+    monkeypatch.setattr(worker, "measure", lambda job: Result(status="failed: RuntimeError: a driver"))
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, SMALL[:-1]), str(tmp_path), "--dtypes", "float32"])
+    assert benchmark_inference.main() == 3
+    (path,) = tmp_path.glob("*.csv")
+    assert [row.status for row in table.read_table(path)] == ["failed: RuntimeError: a driver"]
+    assert "a driver" in capsys.readouterr().out
 
 
 def test_the_last_line_is_json_and_names_the_table(first):
@@ -132,7 +154,7 @@ def test_the_last_line_is_json_and_names_the_table(first):
 
 def test_the_figures_and_the_profile_are_there(first):
     folder, printed = first
-    out = folder / "benchmarks"
+    out = folder / "benchmark"
     for name in ("latency-32", "speed-accuracy", "end-to-end", "profile"):
         (path,) = out.glob(f"inference-*-{name}.png")
         assert path.name in printed.stdout and np.asarray(Image.open(path).convert("L")).std() > 5
@@ -173,14 +195,22 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
 def test_what_is_unusable_is_refused_in_one_line(tmp_path, options, message):
-    result = run_script(SCRIPT, "--models", "unet", "--size", 32, *options, cwd=tmp_path, status=2)
+    flags = ("--models", "unet", "--size", 32, "--out", "benchmark", *options)
+    result = run_script(SCRIPT, *flags, cwd=tmp_path, status=2)
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "benchmarks").exists()
+    assert not (tmp_path / "benchmark").exists()
 
 
 def test_a_run_of_another_size_is_refused(trained, tmp_path):
     result = run_script(SCRIPT, "--run", trained, "--size", 64, cwd=tmp_path, status=2)
     assert f"--size 64: {trained} was made for 32 x 32 x 32 voxels" in result.stderr
+
+
+def test_a_run_that_does_not_say_how_its_cases_were_made_is_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "first")
+    (tmp_path / "first/config.json").write_text(json.dumps({"size": [32, 32, 32]}))
+    result = run_script(SCRIPT, "--run", "first", "--size", 32, cwd=tmp_path, status=2)
+    assert "config.json: lacks spacing_mm of the cases" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_file_made_by_another_torch_is_refused(tmp_path):
@@ -193,26 +223,41 @@ def test_a_file_made_by_another_torch_is_refused(tmp_path):
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
-JOB = {"task": "row", "model": "unet", "network": "unet", "config": {}, "engine": "eager", "dtype": "float32",
-       "layout": "contiguous", "size": 32, "batch": 1, "device": "cpu", "repeats": 5, "max_seconds": 10, "case": "",
-       "profile": None, "macs": 2e9, "values": 3e6}  # fmt: skip
-
-
 def test_a_row_that_cannot_be_allocated_is_out_of_memory(tmp_path):
-    result = worker.perform(JOB | {"size": 2**14, "cache": str(tmp_path)})
-    assert result == {"status": "out of memory"}
+    answer = worker.answer_to("row", asdict(replace(JOB, size=2**14, cache=str(tmp_path))))
+    assert answer == {"status": "out of memory"}
 
 
-def test_a_row_that_fails_says_why(tmp_path):
-    result = worker.perform(JOB | {"size": 17, "cache": str(tmp_path)})
-    assert result["status"].startswith("failed: RuntimeError: ")
+def test_a_row_that_fails_says_why_wherever_the_command_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    result = worker.measure(replace(JOB, size=17, cache=str(tmp_path)))
+    assert result.status.startswith("failed: RuntimeError: ")
+
+
+def test_a_case_goes_to_a_label_map_with_the_spacing_of_the_run_and_the_labels_that_were_named(
+    raw, trained, tmp_path, monkeypatch
+):
+    written = []
+    monkeypatch.setattr("models.inference.predict.write_label_nifti", lambda path, label, _: written.append(label))
+    shutil.copytree(trained, tmp_path / "coarse")
+    (tmp_path / "coarse/config.json").write_text(json.dumps({"size": [32, 32, 32], "spacing_mm": 1.6}))
+    model = jobs.choose_models(None, [tmp_path / "coarse"], feature_size=12, **SETTING)[0]
+    folder = raw / "BraTS2021_00000"
+    result = worker.measure_row(replace(JOB, model=model, cache=str(tmp_path), case=str(folder), labels="brats2023"))
+    assert result.status == "ok" and result.load_ms > 0 and result.write_ms > 0
+    volumes = read_case(find_cases(folder)[0])
+    case = to_network(volumes.image, None, volumes.affine, 32, 1.6)
+    expected = to_native(predict(load_model(trained)[0], case["image"]), case["geometry"]).argmax(0).numpy()
+    assert (expected == 3).any()  # what BraTS 2021 writes as 4
+    assert len(written) > 1 and all(np.mean(label == expected) >= 0.999 for label in written)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_a_process_that_the_system_killed_was_out_of_memory(monkeypatch):
     killed = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-    assert worker.result_of(killed.returncode, "") == {"status": "out of memory: killed by the system"}
-    assert worker.result_of(3, "") == {"status": "failed: the process ended with exit status 3"}
+    assert worker.answer_of(killed.returncode, "") == {"status": "out of memory: killed by the system"}
+    assert worker.answer_of(3, "") == {"status": "failed: the process ended with exit status 3"}
 
 
 @pytest.mark.parametrize(("network", "config"), [
@@ -228,31 +273,56 @@ def test_monais_class_as_it_comes_gets_our_weights(network, config):
         torch.testing.assert_close(ours(image), twin(image), rtol=1e-4, atol=1e-4)
 
 
+def test_monais_attention_is_fused_in_a_copy_of_its_class():
+    twin = worker.monai_twin(build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1)).eval())
+    fused = with_attention(twin, "auto")
+    flags = [[module.use_flash_attention for module in network.modules() if hasattr(module, "use_flash_attention")]
+             for network in (twin, fused)]  # fmt: skip
+    assert flags == [[False] * 4, [True] * 4]
+    image = torch.rand(1, 4, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image), twin(image), rtol=1e-4, atol=1e-4)
+
+
+def row_of(model: str, engine: str, **values) -> Row:
+    circumstances = dict.fromkeys(("date", "commit", "device", "torch", "command"), "")
+    known = {"network": model.split("-")[-1], "dtype": "float32", "batch": 1, "size": 64, "status": "ok"}
+    return Row(model=model, engine=engine, **circumstances | known | values)
+
+
 def test_ratios_are_to_monais_class_of_the_same_width_size_and_batch():
     def row(model, engine, p50_ms, batch=1, parameters=4):
-        return {"model": model, "network": model.split("-")[-1], "engine": engine, "dtype": "float32", "status": "ok",
-                "parameters": parameters, "size": 64, "batch": batch, "p50_ms": p50_ms}  # fmt: skip
+        return row_of(model, engine, p50_ms=p50_ms, batch=batch, parameters=parameters)
 
     rows = [row("monai-swinunetr", "eager", 100.0), row("swinunetr", "fused", 20.0), row("swinunetr", "fused", 30.0, 2),
             row("swinunetr", "fused", 30.0, parameters=8), row("monai-swinunetr", "eager", 300.0, parameters=8),
             row("monai-unet", "compile", 1.0), row("monai-unet", "eager", 12.0), row("unet", "eager", 3.0)]  # fmt: skip
-    worker.add_ratios(rows)
-    ratios = [row.get("times_faster_than_monai_eager") for row in rows]
+    ratios = [row.times_faster_than_monai_eager for row in table.with_ratios(rows)]
     assert ratios == [1.0, 5.0, None, 10.0, 1.0, 12.0, 1.0, 4.0]
 
 
 def test_a_row_has_the_floor_of_its_batch_and_type():
-    ability = {"peak_tflops": {"float32": 0.5, "bf16": 1.0}, "bandwidth_gb_s": 10.0}
-    columns = ("status", "floor_ms", "volumes_per_s", "matrix_peak_share", "repeats", "layout", "p50_ms")
-    job = JOB | {"dtype": "bf16", "batch": 2}
-    row = worker.make_row(job, {"status": "ok", "p50_ms": 20.0}, ability, columns)
+    speed = DeviceSpeed({"float32": 0.5, "bf16": 1.0}, 10.0)
+    circumstances = dict.fromkeys(("date", "commit", "device", "torch", "command"), "")
+    job = replace(JOB, dtype="bf16", batch=2)
+    row = table.make_row(job, Result(status="ok", p50_ms=20.0), speed, circumstances)
     # 2 volumes of 2 GMAC at 1 TFLOP/s take 8 ms; 2 volumes of 3 million numbers of 2 bytes at 10 GB/s take 1.2 ms
-    assert row["floor_ms"] == pytest.approx(9.2)
-    assert row["volumes_per_s"] == pytest.approx(100) and row["matrix_peak_share"] == pytest.approx(0.4)
-    unknown = worker.make_row(job, {"status": "not run: emulated"}, ability | {"peak_tflops": {}}, columns)
-    assert unknown["floor_ms"] is None
-    unmeasured = worker.make_row(job, {"status": "out of memory"}, ability, columns)
-    assert unmeasured["floor_ms"] == pytest.approx(9.2) and unmeasured["repeats"] is None
+    assert row.floor_ms == pytest.approx(9.2)
+    assert row.volumes_per_s == pytest.approx(100) and row.matrix_peak_share == pytest.approx(0.4)
+    unknown = table.make_row(job, Result(status="not run: emulated"), replace(speed, peak_tflops={}), circumstances)
+    assert unknown.floor_ms is None
+    unmeasured = table.make_row(job, Result(status="out of memory"), speed, circumstances)
+    assert unmeasured.floor_ms == pytest.approx(9.2) and unmeasured.repeats is None
+
+
+def test_committed_tables_are_read_and_written_without_a_change(tmp_path):
+    committed = [path for path in benchmark_inference.RESULTS.glob("*.csv") if not path.stem.endswith("-profile")]
+    assert committed
+    for path in committed:
+        with path.open(newline="") as file:
+            assert tuple(csv.DictReader(file).fieldnames) == COLUMNS
+        table.write_table(tmp_path / path.name, table.read_table(path))
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 # ---- timing --------------------------------------------------------------------------------------------------------
@@ -291,6 +361,24 @@ def test_no_product_is_begun_that_would_take_too_long(monkeypatch, tflops, large
     assert sides[-1] == largest
 
 
+@pytest.mark.parametrize(("gb_s", "mib"), [(100.0, 256), (1.0, 128), (0.1, 32)])
+def test_the_bandwidth_is_found_in_three_seconds_on_tensors_as_large_as_that_allows(monkeypatch, gb_s, mib):
+    """A machine that hands out memory as slowly as it copies, and a clock that stands still for all else."""
+    clock, sizes = [100.0], []
+
+    def latencies(run, images, repeats, max_seconds, **_):
+        sizes.append(images[0].nbytes)
+        copy_s = 2 * sizes[-1] / (1e9 * gb_s)
+        clock[0] += copy_s + max(copy_s, min(repeats * copy_s, max_seconds))
+        return [1e3 * copy_s]
+
+    monkeypatch.setattr(profiling, "latencies_ms", latencies)
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: clock[0])
+    assert profiling.copy_bandwidth_gb_s(torch.device("meta")) == pytest.approx(gb_s)
+    assert sizes[-1] == mib * 2**20
+    assert clock[0] - 100 <= 3
+
+
 def test_the_unavoidable_traffic_is_counted_by_hand():
     network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.InstanceNorm3d(8), nn.LeakyReLU(),
                             nn.Conv3d(8, 2, 1, stride=2))  # fmt: skip
@@ -324,11 +412,10 @@ def test_kernels_are_counted_as_what_they_are(name):
 
 
 def test_no_line_no_figure(tmp_path):
-    row = {"model": "unet", "network": "unet", "engine": "eager", "dtype": "bf16", "batch": 1, "size": 32,
-           "parameters": 4_800_000, "peak_gib": 1.0}  # fmt: skip
+    row = row_of("unet", "eager", dtype="bf16", size=32, parameters=4_800_000, peak_gib=1.0)
     path = tmp_path / "memory.png"
-    other = row | {"size": 64, "parameters": 1_200_000}  # a network of another width: no line joins the two
+    other = replace(row, size=64, parameters=1_200_000)  # a network of another width: no line joins the two
     assert not figures.lines_over([row, other], "size", "peak_gib", "x", "y", path, "title")
     assert not figures.lines_over([row], "size", "peak_gib", "x", "y", path, "title") and not path.exists()
-    assert figures.lines_over([row, row | {"size": 64}], "size", "peak_gib", "x", "y", path, "title")
+    assert figures.lines_over([row, replace(row, size=64)], "size", "peak_gib", "x", "y", path, "title")
     assert path.is_file()

@@ -213,6 +213,5 @@ def test_no_more_workers_than_the_shared_memory_has_space_for(monkeypatch, tmp_p
 def test_a_script_refuses_a_cache_that_does_not_fit_before_it_makes_a_run(tensors, tmp_path, monkeypatch):
     split = read_split(tensors)
     monkeypatch.setattr(dataset, "free_ram_bytes", lambda: 1000)
-    args = SimpleNamespace(data=tensors, cache="ram", workers=0, batch_size=1)
     with pytest.raises(InputError, match="--cache ram: 11 cases"):
-        dataset.choose_input(args, split, CPU)
+        dataset.choose_input(tensors, split["train"] + split["validation"], "ram", 0, 1, CPU)

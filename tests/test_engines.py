@@ -14,12 +14,15 @@ import torch
 from conftest import ROOT
 
 from models import build_model, cli
+from models.brats import MODALITIES, find_cases, read_case, read_nifti
 from models.device import DTYPES
 from models.errors import InputError
 from models.inference import engines, exports
 from models.inference.engines import ENGINES, load_engine, load_exported, why_not
-from models.inference.predict import predict, segment_case
+from models.inference.predict import predict, segment, segment_case
 from models.preprocessing import to_native, to_network
+from models.runs import CHECKPOINT_FORMAT
+from models.timing import stage_durations_ms
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 32, 32, 32)
@@ -326,12 +329,12 @@ def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
 
     monkeypatch.setattr(engines, "_in_turns", in_turns)
     chosen = engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path)
-    assert getattr(chosen, "engine", "modules") == faster
+    assert engines.engine_name(chosen) == faster
     same = (predict(chosen, image[0]).argmax(0) == predict(unet, image[0]).argmax(0)).float().mean()
     assert same >= 0.999 and f"taking {faster}" in capsys.readouterr().err
     monkeypatch.setattr(engines, "_in_turns", None)  # nothing is measured again
     again = engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path)
-    assert getattr(again, "engine", "modules") == faster
+    assert engines.engine_name(again) == faster
 
 
 def test_without_openvino_the_modules_predict(unet, tmp_path, monkeypatch):
@@ -361,8 +364,6 @@ def test_the_flag_names_every_engine():
 
 
 def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
-    from models import CHECKPOINT_FORMAT
-    from models.brats import MODALITIES
 
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
     torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
@@ -371,19 +372,29 @@ def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
     assert agreement(unet, loaded, image) == 1
 
 
-def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp_path):
-    from models.brats import find_cases, read_case, read_nifti
-
+@pytest.mark.parametrize(("spacing_mm", "scheme", "values"), [
+    (1.0, "brats2021", (0, 1, 2, 4)), (1.6, "brats2024", (0, 1, 2, 3)), (1.0, "msd", (0, 2, 1, 3)),
+])  # fmt: skip
+def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp_path, spacing_mm, scheme, values):
+    """With the spacing of the run and the label values of the data set, whatever its files are called."""
     case = find_cases(raw)[0]
-    stages = segment_case(case, unet, 32, CPU, tmp_path / "prediction.nii.gz")
-    assert list(stages) == ["load", "preprocess", "forward", "postprocess", "write"]
-    assert all(duration > 0 for duration in stages.values())
+    path = tmp_path / "prediction.nii.gz"
+    setting = {"size": 32, "spacing_mm": spacing_mm, "scheme": scheme, "device": CPU}
+    _, spent_ms = stage_durations_ms(lambda on_stage: segment_case(case, unet, path, **setting, on_stage=on_stage))
+    assert list(spent_ms) == ["load", "preprocess", "forward", "postprocess", "write"]
+    assert all(duration > 0 for duration in spent_ms.values())
     volumes = read_case(case)
-    written, affine = read_nifti(tmp_path / "prediction.nii.gz")
+    written, affine = read_nifti(path)
     assert written.shape == volumes.image.shape[1:] and np.allclose(affine, volumes.affine)
-    result = to_network(volumes.image, None, volumes.affine, 32)
+    result = to_network(volumes.image, None, volumes.affine, 32, spacing_mm)
     expected = to_native(predict(unet, result["image"]), result["geometry"]).argmax(0).numpy()
-    assert np.array_equal(written, np.array([0, 1, 2, 4])[expected])  # the data set's own label values
+    assert np.array_equal(written, np.array(values)[expected])
+
+
+def test_an_image_in_network_space_is_segmented_as_it_is(unet, image):
+    label = segment(image[0].numpy(), None, unet, size=32, spacing_mm=1.0, device=CPU)
+    with torch.no_grad():
+        assert np.array_equal(label, unet(image)[0].argmax(0).numpy())
 
 
 def test_the_benchmark_script_documents_every_engine_and_type():

@@ -12,8 +12,14 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from models.errors import InputError
-from models.swinunetr.network import Decoder, SwinStage, use_triton
-from models.swinunetr.window_attention import mask_groups, mask_of_group, relative_position_index, shift_masks
+from models.swinunetr.network import Decoder, ResidualBlock, SwinStage
+from models.swinunetr.window_attention import (
+    WindowAttention,
+    mask_groups,
+    mask_of_group,
+    relative_position_index,
+    shift_masks,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 256  # elements before and after an output that no kernel may write to
@@ -269,7 +275,10 @@ def test_the_parts_of_the_network_are_the_same_on_these_kernels(part):
     else:
         plain, inputs = Decoder(12, 8), [torch.randn(1, 12, 2, 2, 3), torch.randn(1, 8, 4, 4, 6)]
     plain, inputs = plain.to(DEVICE), [x.to(DEVICE) for x in inputs]
-    fused = use_triton(copy.deepcopy(plain))
+    fused = copy.deepcopy(plain)
+    for module in fused.modules():
+        if isinstance(module, WindowAttention | ResidualBlock):
+            module.set_kernels("triton")
     outputs = [model(*inputs) for model in (plain, fused)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     for output in outputs:

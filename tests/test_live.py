@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import fields
 from functools import partial
 
 import nibabel
@@ -12,14 +13,16 @@ import torch
 from conftest import LPS, run_script, write_raw_case
 from test_viewer import SCRIPT, key, open_scene, scroll
 
-import view_interactive_4pane_brats as view
-from models import CHECKPOINT_FORMAT, build_model, load_model
+from models import build_model
 from models.brats import MODALITIES, find_cases, read_case, to_ras
 from models.errors import InputError
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
-from models.viewer.session import Run, Session, open_run, segment, with_engine
+from models.runs import CHECKPOINT_FORMAT, Run
+from models.viewer.scene import find_scenes, load_tensor
+from models.viewer.segmentation import Segmenter, load_segmenter, segment_scene, with_engine
+from models.viewer.session import Session
 from models.viewer.window import Viewer, new_figure
 
 # ---- from case to case ---------------------------------------------------------------------------------------------
@@ -34,10 +37,10 @@ def wait_for(session):
     assert session.future is None
 
 
-def open_session(folder, run=None, name=None):
-    loaders = view.find_scenes(folder, None)
+def open_session(folder, segmenter=None, name=None):
+    loaders = find_scenes(folder, None)
     viewer = Viewer(new_figure(with_window=False), loaders[name or next(iter(loaders))]())
-    return Session(viewer, loaders, run)
+    return Session(viewer, loaders, segmenter and partial(segment_scene, segmenter))
 
 
 def test_n_and_b_go_through_a_folder_and_stop_at_its_ends(tmp_path):
@@ -97,15 +100,17 @@ class BrightT1ce(torch.nn.Module):
         return 20.0 * torch.stack([~(enhancing | oedema), none, oedema, enhancing], 1)
 
 
-def stub_run(model, size=32, spacing_mm=1.0):
-    return Run("stub", model, size, spacing_mm, torch.device("cpu"), None)
+def segmenter_of(network, size=32, spacing_mm=1.0):
+    unknown = dict.fromkeys(field.name for field in fields(Run))
+    run = Run(**unknown | {"name": "stub", "size": [size] * 3, "spacing_mm": spacing_mm})
+    return Segmenter(run, network, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("affine", [LPS, np.array([[0, 0, 1.5, 3], [-2, 0, 0, 5], [0, 1, 0, 7], [0, 0, 0, 1.0]])])
 def test_a_raw_case_is_predicted_on_its_own_grid(tmp_path, affine):
     """The oracle goes through the file's own axes, as evaluate.py does, and turns the result at the end."""
     _, _, label = write_raw_case(tmp_path, "C", affine=affine)
-    segmented = segment(open_scene(tmp_path), stub_run(BrightT1ce(), 32, 1.25))
+    segmented = segment_scene(segmenter_of(BrightT1ce(), 32, 1.25), open_scene(tmp_path))
     volumes = read_case(find_cases(tmp_path)[0])
     case = to_network(volumes.image, None, volumes.affine, 32, 1.25)
     native = to_native(predict(BrightT1ce(), case["image"]), case["geometry"]).argmax(0)  # [X, Y, Z]
@@ -117,12 +122,12 @@ def test_a_raw_case_is_predicted_on_its_own_grid(tmp_path, affine):
 
 def test_a_tensor_is_predicted_as_it_is(tensors):
     path = tensors / "BraTS2021_00003.pt"
-    segmented = segment(view.load_tensor(path), stub_run(BrightT1ce()))
+    segmented = segment_scene(segmenter_of(BrightT1ce()), load_tensor(path))
     image = torch.load(path, weights_only=True)["image"].numpy()
     expected = np.where(image[1] > 0.7, 3, np.where(image[3] > 0.7, 2, 0))
     assert np.array_equal(segmented.maps["prediction"], expected)
     with pytest.raises(InputError, match="--size 64"):
-        segment(view.load_tensor(path), stub_run(BrightT1ce(), size=64))
+        segment_scene(segmenter_of(BrightT1ce(), size=64), load_tensor(path))
 
 
 class Held(BrightT1ce):
@@ -144,7 +149,7 @@ class Held(BrightT1ce):
 def test_the_window_answers_while_the_network_works(tmp_path):
     write_raw_case(tmp_path, "C")
     model = Held()
-    session = open_session(tmp_path, stub_run(model))
+    session = open_session(tmp_path, segmenter_of(model))
     viewer = session.viewer
     assert model.entered.wait(60)
     index = viewer.index
@@ -162,7 +167,7 @@ def test_the_window_answers_while_the_network_works(tmp_path):
 def test_a_case_without_truth_is_shown_where_its_prediction_is_largest(tmp_path):
     folder, _, _ = write_raw_case(tmp_path, "C")
     (folder / "C_seg.nii.gz").unlink()
-    session = open_session(tmp_path, stub_run(BrightT1ce()))
+    session = open_session(tmp_path, segmenter_of(BrightT1ce()))
     wait_for(session)
     viewer = session.viewer
     assert list(viewer.scene.maps) == ["prediction"] and "Dice" not in viewer.legend_text.get_text()
@@ -173,7 +178,7 @@ def test_going_on_abandons_the_work_on_the_case_left_behind(tmp_path):
     for index in range(2):
         write_raw_case(tmp_path, f"C{index}", seed=index)
     model = Held()
-    session = open_session(tmp_path, stub_run(model))
+    session = open_session(tmp_path, segmenter_of(model))
     assert model.entered.wait(60)
     key(session.viewer, "n")
     model.go_on.set()
@@ -189,7 +194,7 @@ def test_an_error_in_the_thread_is_shown_and_the_window_stays(tmp_path, capsys):
             raise RuntimeError("out of\nmemory")
 
     write_raw_case(tmp_path, "C")
-    session = open_session(tmp_path, stub_run(Broken()))
+    session = open_session(tmp_path, segmenter_of(Broken()))
     wait_for(session)
     assert session.viewer.note.get_text() == "C: RuntimeError: out of memory"
     assert capsys.readouterr().err == "C: RuntimeError: out of memory\n"
@@ -201,7 +206,7 @@ def test_an_error_in_the_thread_is_shown_and_the_window_stays(tmp_path, capsys):
 def test_closing_the_window_ends_the_work(tmp_path):
     write_raw_case(tmp_path, "C")
     model = Held()
-    session = open_session(tmp_path, stub_run(model))
+    session = open_session(tmp_path, segmenter_of(model))
     assert model.entered.wait(60)
     session.viewer.figure.canvas.callbacks.process("close_event", None)
     model.go_on.set()
@@ -224,22 +229,22 @@ def run(tensors, tmp_path_factory):
 
 
 def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tmp_path):
-    opened = open_run(run / "best.pt", "cpu", "off")
-    assert (opened.name, opened.size, opened.spacing_mm) == ("small", 32, 2.0)
+    opened = load_segmenter(run / "best.pt", "cpu", "off").run
+    assert (opened.name, opened.size, opened.spacing_mm) == ("small", [32, 32, 32], 2.0)
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
     with pytest.raises(InputError, match="lacks size and spacing_mm"):
-        open_run(tmp_path, "cpu", "off")
+        load_segmenter(tmp_path, "cpu", "off")
 
 
 def test_an_engine_segments_like_the_network(run, tmp_path, monkeypatch):
     write_raw_case(tmp_path, "C")
-    by_network = Run("run", load_model(run)[0], 32, 2.0, torch.device("cpu"), None)
+    by_network = load_segmenter(run, "cpu", "off")
     stages = []
     monkeypatch.chdir(tmp_path)  # where the cache of engines goes
     by_engine = with_engine(by_network, "eager")
-    assert by_engine.model.engine == "eager"
-    segmented = segment(open_scene(tmp_path), by_engine, stages.append)
-    expected = segment(open_scene(tmp_path), by_network)
+    assert by_engine.network.engine == "eager"
+    segmented = segment_scene(by_engine, open_scene(tmp_path), stages.append)
+    expected = segment_scene(by_network, open_scene(tmp_path))
     assert np.mean(segmented.maps["prediction"] == expected.maps["prediction"]) >= 0.999
     assert "segmenting: network" in stages
 

@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
-from models import build_model, load_model
-from models.viewer.session import open_run
+from models import build_model
+from models.runs import load_model, open_run
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",
            "evaluate.py", "benchmark_inference.py"]  # fmt: skip
@@ -265,8 +265,8 @@ def test_training_writes_the_whole_run(trained):
     assert [row["case"] for row in rows][-1] == "mean" and {"loss", "dice_WT", "dice_ET", "dice_NCR"} <= set(rows[0])
     for picture in ("training_plots.png", "test_prediction_overlay.png"):
         assert np.asarray(Image.open(trained / RUN / picture).convert("L")).std() > 5
-    opened = open_run(trained / RUN, "cpu", "off")
-    assert (opened.size, opened.spacing_mm) == (32, 1.0)
+    opened = open_run(trained / RUN)
+    assert (opened.size, opened.spacing_mm) == ([32, 32, 32], 1.0)
 
 
 def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):
@@ -320,12 +320,12 @@ def test_two_networks_with_runs_of_one_name_are_told_apart(trained):
     assert (trained / "both/swinunetr-first_overlay_worst.png").is_file()
 
 
-def test_the_transformer_tells_its_cost_before_it_trains_and_records_it(compared, trained):
+def test_the_transformer_says_what_it_costs_before_it_trains_and_records_it(compared, trained):
     training, _, _ = compared
     first = next(line for line in training.stdout.splitlines() if "million parameters" in line)
     config = json.loads((trained / SWIN_RUN / "config.json").read_text())
-    for told in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
-        assert told in first
+    for said in ("million parameters", "GMAC", "TFLOP", f"{config['expected_peak_gib']:.2f} GiB"):
+        assert said in first
     assert config["model"]["window_size"] == 4 and config["model"]["checkpointing"] == "blocks"
     assert config["parameters"] == sum(p.numel() for p in build_model("swinunetr", **config["model"]).parameters())
 
@@ -372,6 +372,18 @@ def test_runs_that_cannot_be_told_apart_or_saw_other_data_are_refused(trained, r
     assert "say which with --data" in run_script("evaluate.py", RUN, other, cwd=trained, status=2).stderr
 
 
+def test_a_run_given_twice_is_refused(trained):
+    for again in (RUN, f"{RUN}/best.pt", f"{RUN}/../first"):
+        refused = run_script("evaluate.py", RUN, again, cwd=trained, status=2).stderr
+        assert "given twice" in refused and len(refused.splitlines()) == 1
+
+
+def test_a_run_called_ensemble_is_not_mixed_up_with_the_ensemble(trained):
+    refused = run_script("evaluate.py", RUN, copy_of_the_run(trained, "copy/ensemble"), "--ensemble", cwd=trained,
+                         status=2).stderr  # fmt: skip
+    assert "a run is called ensemble as well" in refused and len(refused.splitlines()) == 1
+
+
 def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -402,6 +414,13 @@ def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
     for script, *arguments in bad:
         result = run_script(script, *arguments, cwd=trained, status=2)
         assert len(result.stderr.strip().splitlines()) == 1, (script, arguments, result.stderr)
+
+
+def test_a_crash_shows_its_traceback_and_differs_in_status_from_failed_cases():
+    """Those end with 3: see test_bad_cases_are_named_in_failures_csv_and_the_others_go_on."""
+    code = "from models import cli; cli.run(lambda: {}['missing'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'missing'" in done.stderr
 
 
 def test_usage_errors_name_the_flag():

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,36 @@ def test_attention_in_half_precision_rounds_only_its_result():
     expected = (q.double() @ k.double().mT * 8**-0.5 + bias).softmax(-1) @ v.double()
     actual = blocked_attention.blocked_attention(q, k, v, bias)
     torch.testing.assert_close(actual, expected.bfloat16(), rtol=8e-3, atol=1e-5)  # one step of bf16
+
+
+def test_the_attention_of_a_network_can_be_changed():
+    theirs, ours = pair()
+    image = torch.randn(1, 4, 32, 64, 32)
+    with torch.inference_mode():
+        expected = theirs(image)
+        for kind in ("reference", "sdpa", "auto"):
+            ours.set_attention(kind)
+            assert {block.attention for block in ours.modules() if isinstance(block, WindowAttention)} == {kind}
+            assert (ours(image) - expected).abs().max() < 1e-4
+
+
+def test_every_block_takes_the_kernels_and_gives_them_back(monkeypatch):
+    """Stand-ins for the Triton kernels, which count how often they are called."""
+    called = []
+    kernels = SimpleNamespace(window_attention=lambda q, *_: called.append("attention") or q,
+                              instance_norm_leaky_relu=lambda x, *_: called.append("norm") or x)  # fmt: skip
+    for name in ("triton_attention", "triton_norm"):
+        monkeypatch.setitem(sys.modules, f"models.swinunetr.{name}", kernels)
+    network, image = SwinUNETR(**TINY).eval(), torch.randn(1, 4, 32, 32, 64)
+    network.set_kernels("triton")
+    with torch.inference_mode():
+        network(image)
+        # 5 encoders and 5 decoders have a residual block each, which norms twice (the shortcut with the second)
+        assert called.count("attention") == sum(TINY["depths"]) and called.count("norm") == 2 * (5 + 5)
+        called.clear()
+        network.set_kernels("torch")
+        network(image)
+    assert not called
 
 
 def test_training_and_inference_agree():
@@ -170,6 +201,10 @@ def test_impossible_settings_and_sides_are_refused():
         SwinUNETR(**TINY)(torch.zeros(1, 4, 96, 100, 96))
     with pytest.raises(InputError, match=r"In place of 20, 32 would do"):
         SwinUNETR(**TINY)(torch.zeros(1, 4, 20, 32, 32))
+    with pytest.raises(InputError, match="attention 'flash': must be one of reference, sdpa, auto"):
+        SwinUNETR(**TINY).set_attention("flash")
+    with pytest.raises(InputError, match="kernels 'cuda': must be one of torch, triton"):
+        SwinUNETR(**TINY).set_kernels("cuda")
     for bad in ({"feature_size": 20}, {"attention": "flash"}, {"checkpointing": "all"}, {"depths": (2, 2)},
                 {"num_heads": (5, 6, 12, 24)}, {"window_size": 1}):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(bad))):

@@ -4,20 +4,27 @@ import argparse
 import csv
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, copy_of_the_code, run_script
 
-from models import build_model, cli, load_model, plots, training
-from models.dataset import Cases, choose_input, load_case, read_split
+from models import build_model, cli, plots, refuse_unfit_size, runs, training
+from models.dataset import Cases, load_case, read_split, size_of_cases
+from models.device import device_name
 from models.errors import InputError
+from models.runs import load_model, open_run
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
 CPU = torch.device("cpu")
+RUN = Path("models/unet/results/test")
+GOLDEN = ROOT / "tests/golden/losses.json"
 
 
 def arguments(data, *flags):
@@ -27,26 +34,28 @@ def arguments(data, *flags):
     return parser.parse_args([str(data), "--run-name", "test", "--amp", "off", *map(str, flags)])
 
 
-def train(data, folder, *flags, split=None, config=SMALL):
-    """Train in `folder`; returns the model and the run."""
+def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
+    """Train as the scripts do, `folder` in place of the repository; returns the network and the run's folder."""
     args = arguments(data, *flags)
-    split = split or read_split(data)
-    os.chdir(folder)
-    training.setup(args)
-    args.cache, args.workers = choose_input(args, split, CPU)
-    model = build_model("unet", **config)
-    size = training.check_cases(args.data, split, "unet")
-    args.amp = training.choose_amp(model, args, size, CPU)
-    run = training.open_run(model, args, split, size, CPU)
-    training.fit(model, args, split, run, CPU)
-    return model, Path(folder) / run
+    split = split or read_split(data, args.fold)
+    size = size_of_cases(args.data, split)
+    refuse_unfit_size(network, config, size, data)
+    training.setup("cpu", args.seed)
+    model = build_model(network, **config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "ROOT", folder)
+        run = runs.choose_folder(network, args.run_name)
+        with runs.locked(run):
+            earlier = runs.record_to_resume(run, model, vars(args), split)
+            settings = cli.settings_of(args, training.Settings)
+            settings = training.resolve(settings, model, size, split, CPU, earlier)
+            runs.write_record(run, earlier, model, vars(args) | asdict(settings), split, size, CPU)
+            training.fit(model, settings, split, run, CPU, args.resume)
+    return model, run
 
 
-@pytest.fixture(autouse=True)
-def stay_here():
-    here = Path.cwd()
-    yield
-    os.chdir(here)
+def losses_of(run):
+    return [row["train_loss"] for row in csv.DictReader((run / "train.csv").open())]
 
 
 def test_the_learning_rate_warms_up_falls_like_a_cosine_and_is_never_zero():
@@ -76,10 +85,11 @@ def test_training_starts_with_each_label_as_likely_as_it_is_frequent(tensors, ne
 def one_epoch(data, cases, batch_size, accumulate):
     args = arguments(data, "--batch-size", batch_size, "--accumulate", accumulate, "--epochs", 1, "--warmup", 0,
                      "--flip-probability", 0, "--rotate-probability", 0, "--noise-probability", 0, "--clip", 1e9)
+    settings = cli.settings_of(args, training.Settings)
     torch.manual_seed(0)
     model = build_model("unet", **SMALL)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    training.train_epoch(model, cases, 0, args, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU, None)
+    training.train_epoch(model, cases, 0, settings, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -91,8 +101,6 @@ def test_accumulated_steps_equal_one_large_batch_in_the_short_last_window_too(te
 
 def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path):
     flags = ["--epochs", 4, "--accumulate", 2]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     whole, run = train(tensors, tmp_path / "a", *flags)
 
     written = training.write_epoch
@@ -110,8 +118,7 @@ def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path):
         assert torch.equal(a, b), name
     best = [torch.load(r / "best.pt", weights_only=True)["epoch"] for r in (run, again)]
     assert best[0] == best[1]
-    losses = [[row["train_loss"] for row in csv.DictReader((r / "train.csv").open())] for r in (run, again)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert losses_of(run) == losses_of(again) and len(losses_of(run)) == 4
 
 
 def test_one_case_can_be_learnt_by_heart(tensors, tmp_path):
@@ -136,7 +143,7 @@ def test_of_equal_epochs_the_first_is_the_best_in_the_checkpoint_and_in_the_plot
     losses, perfect = torch.ones(1), torch.eye(4, dtype=torch.long)[None]
     monkeypatch.setattr(training, "validate", lambda *_: (losses, perfect))
     titles = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: titles.append(figure.axes[1].get_title()))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: titles.append(figure.axes[1].get_title()))
     _, run = train(tensors, tmp_path, "--epochs", 3)
     assert torch.load(run / "best.pt", weights_only=True)["epoch"] == 1
     assert titles[-1].endswith("in epoch 1")
@@ -147,7 +154,7 @@ def test_wherever_the_cases_are_kept_the_training_is_the_same(tensors, tmp_path)
     for cache, workers in (("device", 0), ("ram", 0), ("disk", 0), ("disk", 2)):
         _, run = train(tensors, tmp_path, "--epochs", 1, "--cache", cache, "--workers", workers,
                        "--run-name", f"{cache}{workers}")  # fmt: skip
-        losses.add(next(csv.DictReader((run / "train.csv").open()))["train_loss"])
+        losses.add(losses_of(run)[0])
     assert len(losses) == 1
 
 
@@ -168,18 +175,85 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tensor
     assert not list(tmp_path.rglob("*.pt"))
 
 
+# ---- beginning and resuming ----------------------------------------------------------------------------------------
+
+
 def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(tensors, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         train(tensors, tmp_path, "--epochs", 1, "--resume")
+    assert not (tmp_path / RUN).exists()
     train(tensors, tmp_path, "--epochs", 1)
     with pytest.raises(InputError, match="holds a run already"):
         train(tensors, tmp_path, "--epochs", 1)
     with pytest.raises(InputError, match="not what these flags ask for"):
         train(tensors, tmp_path, "--epochs", 2, "--resume", config={"channels": (4, 8, 16, 32, 32)})
-    last = tmp_path / "models/unet/results/test/last.pt"
+    last = tmp_path / RUN / "last.pt"
     torch.save(torch.load(last, weights_only=True) | {"network": "swinunetr"}, last)
     with pytest.raises(InputError, match=r"a swinunetr of .* not what these flags ask for"):
         train(tensors, tmp_path, "--epochs", 2, "--resume")
+
+
+@pytest.fixture(scope="module")
+def begun(tensors, tmp_path_factory):
+    """A run of two epochs in a folder that stands for the repository."""
+    folder = tmp_path_factory.mktemp("begun")
+    train(tensors, folder, "--epochs", 2, "--fold", 1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--fold", 2], r"--fold 2 \(the run: 1\)"),
+        (["--learning-rate", 0.5], r"--learning-rate 0.5 \(the run: 0.001\)"),
+        (["--batch-size", 2, "--accumulate", 3], r"--batch-size 2 \(the run: 1\), --accumulate 3 \(the run: 1\)"),
+        (["--noise-sd", 0.3], "--noise-sd 0.3"),
+        (["--amp", "bf16"], "--amp bf16"),
+        (["--epochs", 1], r"--epochs 1 \(the run: 2"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings_than_it_began_with(tensors, begun, flags, named):
+    record = (begun / RUN / "config.json").read_bytes()
+    with pytest.raises(InputError, match=named):
+        train(tensors, begun, "--epochs", 2, "--fold", 1, *flags, "--resume")
+    assert (begun / RUN / "config.json").read_bytes() == record
+
+
+def test_a_run_is_not_resumed_on_other_data_or_another_split(raw, tensors, begun, tmp_path):
+    run_script("preprocess_brats.py", raw, "other", "--size", 32, "--limit", 11, cwd=tmp_path)
+    with pytest.raises(InputError, match="not the data"):
+        train(tmp_path / "other", begun, "--epochs", 2, "--fold", 1, "--resume")
+    split = read_split(tensors, 1)
+    exchanged = {**split, "train": split["validation"], "validation": split["train"]}
+    with pytest.raises(InputError, match="not the split"):
+        train(tensors, begun, "--epochs", 2, "--fold", 1, "--resume", split=exchanged)
+
+
+def test_more_epochs_are_allowed_said_and_appended_to_the_record(tensors, tmp_path, capsys):
+    train(tensors, tmp_path, "--epochs", 1)
+    first = json.loads((tmp_path / RUN / "config.json").read_text())
+    capsys.readouterr()
+    train(tensors, tmp_path, "--epochs", 2, "--cache", "disk", "--workers", 0, "--resume")
+    assert "after epoch 1" in (said := capsys.readouterr().out) and "--epochs is 2, was 1" in said
+    train(tensors, tmp_path, "--epochs", 3, "--cache", "disk", "--workers", 0, "--resume")
+    record = json.loads((tmp_path / RUN / "config.json").read_text())
+    second, third = record.pop("resumptions")
+    assert record == first
+    assert second["after_epoch"] == 1 and second["changed"]["epochs"] == 2 and second["changed"]["cache"] == "disk"
+    assert third["after_epoch"] == 2 and third["changed"] == {"epochs": 3}
+    assert len(losses_of(tmp_path / RUN)) == 3
+    with pytest.raises(InputError, match=r"--epochs 2 \(the run: 3"):
+        train(tensors, tmp_path, "--epochs", 2, "--resume")
+
+
+def test_a_resumed_run_keeps_the_number_type_that_auto_chose(tensors, tmp_path, monkeypatch):
+    """Though the other one is faster by now."""
+    monkeypatch.setattr(training, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    monkeypatch.setattr(training, "step_seconds", lambda *_: {"off": 1.0, "bf16": 2.0})
+    train(tensors, tmp_path, "--epochs", 1, "--amp", "auto")
+    monkeypatch.setattr(training, "step_seconds", lambda *_: {"off": 2.0, "bf16": 1.0})
+    train(tensors, tmp_path, "--epochs", 2, "--amp", "auto", "--resume")
+    assert open_run(tmp_path / RUN).amp == "off"
 
 
 def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_another_network(tensors, tmp_path):
@@ -195,6 +269,79 @@ def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_anoth
     last = run / "last.pt"
     torch.save(torch.load(last, weights_only=True) | {"modalities": ["flair", "t1ce", "t1", "t2"]}, last)
     assert "channels" in run_script("train_swinunetr.py", tensors, *longer, cwd=tmp_path, status=2).stderr
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_lies_below_the_repository_whatever_the_working_directory(tensors, tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    copy_of_the_code(tmp_path / "repository")
+    done = subprocess.run([sys.executable, "../repository/train_unet.py", tensors, "--epochs", "1", "--run-name", "a"],
+                          cwd=tmp_path / "elsewhere", capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "repository/models/unet/results/a/best.pt").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "..", ".", "", "a\\b"])
+def test_a_run_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    result = run_script("train_unet.py", "DATA", "--run-name", name, cwd=tmp_path, status=2)
+    assert "--run-name" in result.stderr and "not the name of a single folder" in result.stderr
+
+
+def test_data_below_the_repository_is_recorded_as_it_is_called_there(tensors, tmp_path):
+    shutil.copytree(tensors, tmp_path / "copied")
+    _, run = train(tmp_path / "copied", tmp_path, "--epochs", 1)
+    assert json.loads((run / "config.json").read_text())["arguments"]["data"] == "copied"
+    _, run = train(tensors, tmp_path, "--epochs", 1, "--run-name", "outside")
+    assert Path(json.loads((run / "config.json").read_text())["arguments"]["data"]) == tensors.resolve()
+
+
+def test_of_two_trainings_of_one_name_the_second_is_refused(tmp_path):
+    """While the first lives; what it leaves behind when it is killed does not stop the next."""
+    hold = ("import sys, time; from pathlib import Path; from models import runs\n"
+            "with runs.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")  # fmt: skip
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "held\n"
+            with pytest.raises(InputError, match=f"process {first.pid} on"), runs.locked(run):
+                pass
+        finally:
+            first.kill()
+    with runs.locked(run):
+        assert (run / ".lock").read_text().startswith(f"{os.getpid()} ")
+    assert not run.exists()  # nothing was written into it
+
+
+def test_a_lock_of_another_machine_is_not_taken_over(tmp_path):
+    (tmp_path / ".lock").write_text("1 elsewhere")
+    with pytest.raises(InputError, match=r"process 1 on elsewhere.*delete .*\.lock"), runs.locked(tmp_path):
+        pass
+    assert socket.gethostname() != "elsewhere" and (tmp_path / ".lock").exists()
+
+
+# ---- opening a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_opened_by_its_folder_or_a_checkpoint_in_it(begun, tensors):
+    run = open_run(begun / RUN)
+    assert (run.name, run.network, run.size, run.spacing_mm) == ("test", "unet", [32, 32, 32], 1.0)
+    assert run.config["channels"] == list(SMALL["channels"]) and run.amp == "off"
+    assert run.split == read_split(tensors, 1) and run.data.samefile(tensors)
+    last = open_run(begun / RUN / "last.pt")
+    assert last == replace(run, checkpoint=begun / RUN / "last.pt", epoch=2)
+
+
+def test_a_checkpoint_can_be_opened_without_its_folder(begun, tmp_path):
+    shutil.copy(begun / RUN / "best.pt", tmp_path / "alone.pt")
+    run = open_run(tmp_path / "alone.pt")
+    assert run.network == "unet" and (run.size, run.split, run.data) == (None, None, None)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: damaged"):
+        open_run(tmp_path / "alone.pt")
 
 
 def test_weights_load_strictly_or_not_at_all(tensors, tmp_path):
@@ -221,17 +368,56 @@ def test_a_size_that_the_network_cannot_halve_is_refused_with_one_that_it_can(ra
         train(tmp_path / "out", tmp_path, "--epochs", 1)
 
 
-def test_two_processes_train_as_one(tensors, tmp_path):
-    """Started by torchrun: both see all cases between them and write one run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "train_unet.py"), str(tensors), "--epochs", "1", "--run-name", "two"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+def test_two_processes_train_as_one_though_their_clocks_differ(tensors, tmp_path):
+    """Started by torchrun: both see all cases between them and write one run, whose name they agree upon."""
+    copy_of_the_code(tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, runpy, time\n"
+        "time.strftime = lambda *_: f'at-{os.environ[\"RANK\"]}'\n"
+        "runpy.run_path('train_unet.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+               str(tensors), "--epochs", "1"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "models/unet/results/two"
+    (run,) = (tmp_path / "models/unet/results").iterdir()
     config = json.loads((run / "config.json").read_text())
     assert config["processes"] == 2 and config["effective_batch_size"] == 2
+    assert run.name == config["arguments"]["run_name"] == "at-0"
     assert done.stdout.count("Test Dice") == 1 and (run / "test_results.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("network", "config"), [("unet", SMALL), ("swinunetr", {"feature_size": 12, "window_size": 4})]
+)
+def test_the_first_ten_losses_are_those_that_are_committed(tensors, tmp_path, monkeypatch, network, config):
+    """The same on the machine that they were computed on, with the same torch; elsewhere up to rounding. Where the
+    change is meant, `WRITE_GOLDEN=1 pytest tests/test_training.py -k ten_losses -n 0` writes them anew."""
+    losses, loss_of = [], training.make_loss()
+
+    def recorded(logits, label):
+        loss = loss_of(logits, label)
+        if loss.requires_grad:
+            losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(training, "make_loss", lambda: recorded)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(tensors, tmp_path, "--epochs", 1, network=network, config=config)
+        machine = f"{device_name(CPU)}, torch {torch.__version__}"
+    finally:
+        torch.set_num_threads(threads)
+    assert len(losses) == 10
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(golden | {network: {"machine": machine, "losses": losses}}, indent=1) + "\n")
+    elif golden[network]["machine"] == machine:
+        assert losses == golden[network]["losses"]
+    else:
+        assert losses == pytest.approx(golden[network]["losses"], rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-import view_interactive_4pane_brats as view
 from models.plots import intensity_window
 from models.viewer.drawing import Line, SlicePicture
-from models.viewer.scene import with_prediction
+from models.viewer.scene import find_scenes, read_prediction
+from models.viewer.segmentation import with_prediction
 from models.viewer.window import Viewer, new_figure
 
 SCRIPT = "view_interactive_4pane_brats.py"
 
 
 def open_scene(folder):
-    return next(iter(view.find_scenes(folder, None).values()))()
+    return next(iter(find_scenes(folder, None).values()))()
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_truth_and_prediction_swap_with_their_dice(tmp_path):
     prediction[label == 3] = 0  # ET missed
     nibabel.save(nibabel.Nifti1Image(prediction, LPS), tmp_path / "prediction.nii.gz")
     scene = open_scene(tmp_path / "C")
-    scene = with_prediction(scene, view.read_prediction(tmp_path / "prediction.nii.gz", scene))
+    scene = with_prediction(scene, read_prediction(tmp_path / "prediction.nii.gz", scene))
     viewer = Viewer(new_figure(with_window=False), scene)
     whole, missed = (label > 0).sum(), (label == 3).sum()
     assert f"WT {2 * (whole - missed) / (2 * whole - missed):.3f}" in viewer.legend_text.get_text()
@@ -179,6 +179,16 @@ def test_saving_needs_no_display_and_a_window_does(tmp_path):
         for backend in ({}, {"MPLBACKEND": "TkAgg"}, {"MPLBACKEND": "svg"}):
             refused = subprocess.run(command, cwd=tmp_path, env=environment | backend, capture_output=True, text=True)
             assert refused.returncode == 2 and "--save" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_who_looks_at_a_raw_case_does_not_wait_for_torch(tmp_path):
+    write_raw_case(tmp_path, "C")
+    code = ("import sys, view_interactive_4pane_brats as view\n"
+            "sys.argv = ['view', 'C', '--save', 'a.png']\n"
+            "view.main()\n"
+            "assert 'torch' not in sys.modules")  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, tensors):

@@ -12,12 +12,14 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.profiler
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.device import DTYPES, float32_multiplication, synchronise
 from models.timing import latencies_ms
 
-PEAK_S = 3.0  # in which the peak of a number type has to be found
+PEAK_S = 3.0  # in which the peak of a number type has to be found, and the bandwidth
 TRAFFIC_OPERATIONS = ("convolution", "mm", "addmm")
 CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pattern that its name matches
     "attention": r"attention|fmha|flash|softmax|\bbmm|baddbmm",
@@ -58,11 +60,23 @@ def matrix_peak_tflops(dtype: str, device: torch.device) -> float:
 
 
 def copy_bandwidth_gb_s(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by a copy that no cache holds, in 10^9."""
-    count = 2**28 if device.type == "cuda" else 2**26
-    source, target = torch.randn(count, device=device), torch.empty(count, device=device)
-    times = latencies_ms(lambda _: target.copy_(source), [source, source], repeats=20, max_seconds=1, min_repeats=1)
-    return 2 * source.nbytes / (1e6 * min(times))
+    """Bytes read plus bytes written per second by a copy, in 10^9.
+
+    The tensors double, from what a cache may hold to what none does, while the next ones, predicted from the last, can
+    be made and copied within PEAK_S: a machine that is short of memory hands it out slowly.
+    """
+    largest = 2**28 if device.type == "cuda" else 2**26
+    torch.ones(1, device=device)  # the first use of a device takes seconds
+    count, began = 2**22, time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        source, target = torch.ones(count, device=device), torch.empty(count, device=device)
+        limits = {"repeats": 20, "max_seconds": 0.4, "min_repeats": 1, "warmup_s": 0}
+        times = latencies_ms(lambda _, a=source, b=target: b.copy_(a), [source], **limits)
+        end = time.perf_counter()
+        if count == largest or end - began + 2 * (end - start) > PEAK_S:
+            return 2 * source.nbytes / (1e6 * min(times))
+        count *= 2
 
 
 def unavoidable_values(model, shape) -> int:
@@ -94,26 +108,24 @@ def floor_ms(macs: int, values: int, bytes_per_value: int, peak_tflops: float, b
 # ---- where the time goes -------------------------------------------------------------------------------------------
 
 
-def profile(run: Callable, image, folder: Path, name: str) -> dict[str, float]:
+def profile(run: Callable, image, path: Path) -> dict[str, float]:
     """Milliseconds of one run by category, from torch's profiler.
 
-    Writes <name>.txt, the operators or kernels by time, and <name>-trace.json.gz, which ui.perfetto.dev opens.
+    Writes <path>.txt, the operators or kernels by time, and <path>-trace.json.gz, which ui.perfetto.dev opens.
     """
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
     cuda = image.device.type == "cuda"
     runs = 3
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     latencies_ms(run, [image], repeats=1)
-    with torch_profile(activities=activities, record_shapes=True) as profiler:
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(runs):
             run(image)
         synchronise(image.device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = profiler.key_averages()
-    (folder / f"{name}.txt").write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=80))
-    profiler.export_chrome_trace(str(folder / f"{name}-trace.json.gz"))
+    operators = events.table(sort_by=key, row_limit=40, max_name_column_width=80)
+    path.with_name(f"{path.name}.txt").write_text(operators)
+    profiler.export_chrome_trace(f"{path}-trace.json.gz")
     spent = dict.fromkeys(CATEGORIES, 0.0)
     for event in events:
         # On CUDA an operator's device time is that of its kernels, which are listed too: count the kernels.

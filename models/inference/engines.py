@@ -1,7 +1,11 @@
 """Engines: the ways to run a trained network fast, all behind one function, `load_engine`.
 
 An engine is made for one shape of input. It takes a float32 image [B, 4, D, H, W] on its device and returns logits
-[B, 4, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network.
+[B, 4, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network. `choose_engine` is
+--engine of the scripts that predict.
+
+A network that can compute its attention in several ways has a method `set_attention`, and one that has kernels of its
+own has `set_kernels`; see models.swinunetr.network.
 
 Half precision converts the weights: autocast converts them again in every pass and is no more exact. The memory layout
 and the kernels are chosen by measurement: with channels last, networks with instance norm can get slower. The choice is
@@ -30,7 +34,6 @@ import torch._inductor  # where torch keeps what compiles ahead of time
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import load_model
 from models.device import DTYPES, float32_multiplication, native_dtypes
 from models.errors import InputError, one_line
 from models.files import write_atomically
@@ -43,6 +46,7 @@ from models.inference.exports import (
     read_header,
 )
 from models.inference.predict import predict
+from models.runs import load_model
 from models.timing import latencies_ms
 
 ENGINES = {
@@ -106,7 +110,7 @@ def load_engine(
     cache: Path = CACHE,
     fallback: bool = True,
 ) -> Engine:
-    """The one way from a checkpoint to a network that runs.
+    """The one way from a trained run, an exported file or a network to an engine.
 
     Args:
         source: a run's folder, its checkpoint, a `.pt2` file that the "aot" engine made, or a network.
@@ -142,7 +146,7 @@ def why_not(engine: str, dtype: str, device: torch.device, model: nn.Module) -> 
         return f"{dtype} is offered on CUDA only; a CPU has float32 and bf16"
     if cuda and dtype in ("tf32", "bf16") and torch.cuda.get_device_capability(device)[0] < 8:
         return f"{dtype} needs a GPU of compute capability 8.0 or later"
-    if engine == "fused" and not has_attention(model):
+    if engine == "fused" and not hasattr(model, "set_attention"):
         return "the network has no attention"
     if engine == "cudagraph" and not cuda:
         return "CUDA graphs need a CUDA device"
@@ -168,7 +172,7 @@ def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
     if dtype == "bf16":
         return "onnxruntime has no convolution in bf16"
     if cuda:
-        import onnxruntime
+        import onnxruntime  # an optional package
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             return "pip install onnxruntime-gpu"
@@ -218,6 +222,11 @@ def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device
     return made if fastest == "openvino" else model
 
 
+def engine_name(network) -> str:
+    """What runs a network: the name of its engine, or "modules"."""
+    return network.engine if isinstance(network, Engine) else "modules"
+
+
 def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
     """The median milliseconds in which each network predicts; they take turns, so that other work on the machine
     disturbs all of them."""
@@ -260,10 +269,8 @@ def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache
     # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
     attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
-    if variant.kernels == "triton":
-        from models.swinunetr.network import use_triton
-
-        use_triton(network)
+    if hasattr(network, "set_kernels"):
+        network.set_kernels(variant.kernels)
     # OpenVINO takes float32 weights and rounds by itself.
     prepared = Prepared(network, "float32" if engine == "openvino" else dtype, variant.layout).eval()
     made = Engine(prepared, engine, dtype, variant.layout, variant.kernels, tuple(image.shape))
@@ -284,12 +291,12 @@ def _variants(model, engine: str, dtype: str, layout: str, image: Tensor, cache:
         return [Variant("contiguous")]  # an ONNX tensor has no other
     if engine == "aot":
         return [_fastest(model, "compile", dtype, layout, image, cache)._replace(kernels="torch")]
-    modules = "fused" if has_attention(model) else "eager"
+    modules = "fused" if hasattr(model, "set_attention") else "eager"
     if engine == "cudagraph":
         return [_fastest(model, base, dtype, layout, image, cache) for base in (modules, "compile")]
     layouts = LAYOUTS if layout == "auto" else [layout]
     variants = [Variant(one, "torch", engine == "compile") for one in layouts]
-    own = any(hasattr(module, "kernel") for module in model.modules())  # see models.swinunetr.network.use_triton
+    own = hasattr(model, "set_kernels")
     if own and engine != "eager" and image.is_cuda and find_spec("triton") and "channels-last-3d" in layouts:
         variants.append(Variant("channels-last-3d", "triton", engine == "compile"))
     return variants
@@ -363,18 +370,11 @@ def load_exported(path: str | Path, device="cpu") -> Engine:
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-def has_attention(model: nn.Module) -> bool:
-    return any(hasattr(module, "relative_position_bias_table") for module in model.modules())
-
-
 def with_attention(model: nn.Module, attention: str) -> nn.Module:
-    """A copy of a network, ours or MONAI's, whose attention is "reference" (written out), "sdpa" or "auto" (fused)."""
+    """A copy of a network; its attention, if it has any, is "reference" (written out), "sdpa" or "auto" (fused)."""
     model = deepcopy(model)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention", None), str):
-            module.attention = attention
-        if hasattr(module, "use_flash_attention"):
-            module.use_flash_attention = attention != "reference"
+    if hasattr(model, "set_attention"):
+        model.set_attention(attention)
     return model
 
 

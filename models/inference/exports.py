@@ -85,7 +85,7 @@ def exported_to_onnx(prepared: nn.Module, image: Tensor, path: Path, engine: str
 
 
 def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
-    import onnxruntime
+    import onnxruntime  # an optional package
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -113,7 +113,7 @@ def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
 
 
 def _openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
-    import openvino
+    import openvino  # an optional package
 
     settings = {
         # Without this hint OpenVINO computes in bf16 wherever the processor has it.

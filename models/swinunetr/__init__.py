@@ -3,6 +3,8 @@
 62.2 million parameters at the default feature size of 48, with the names and shapes of MONAI's SwinUNETR.
 """
 
+from models.swinunetr.network import SwinUNETR
+
 DEFAULTS = {
     "in_channels": 4,
     "out_channels": 4,
@@ -17,8 +19,12 @@ DEFAULTS = {
 SIZE_MULTIPLE = 32  # five halvings
 
 
+def smallest_side(config: dict) -> tuple[int, str]:
+    """Voxels that a side of a volume must have at least, and why."""
+    # No block would fill a larger window, or shift it.
+    return 2 * config["window_size"], f"a window of {config['window_size']} tokens of 2 voxels must fit into it"
+
+
 def build(**config):
     """The network with fresh weights; `config` is a complete set of the settings above."""
-    from models.swinunetr.network import SwinUNETR
-
     return SwinUNETR(**config)

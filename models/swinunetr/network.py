@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
-from models.swinunetr.window_attention import ATTENTION, WindowAttention
+from models.swinunetr.window_attention import ATTENTION, KERNELS, WindowAttention
 
 CHECKPOINTING = ("none", "blocks", "full")
 SIDE = 32  # voxels: the patch embedding and four mergings halve every side five times
@@ -86,25 +86,26 @@ class SwinUNETR(nn.Module):
         """A convolutional block, recomputed in the backward pass if the checkpointing is "full"."""
         return run(block, *inputs, recompute=self.checkpointing == "full" and self.training)
 
+    def set_attention(self, kind: str):
+        """Compute the attention in another of the ways in ATTENTION; the results agree up to rounding."""
+        _refuse_unknown("attention", kind, ATTENTION)
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.attention = kind
+
+    def set_kernels(self, kind: str):
+        """Compute attention and norms with torch's kernels, or with this package's ("triton") on CUDA devices."""
+        _refuse_unknown("kernels", kind, KERNELS)
+        for module in self.modules():
+            if isinstance(module, WindowAttention | ResidualBlock):
+                module.set_kernels(kind)
+
 
 def run(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
     """block(*inputs); with `recompute` its activations are not kept but computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
-
-
-def use_triton(model: nn.Module, attention: bool = True, norm: bool = True) -> nn.Module:
-    """The same network, run by this package's Triton kernels for CUDA devices. InputError without triton."""
-    from models.swinunetr.triton_attention import window_attention
-    from models.swinunetr.triton_norm import instance_norm_leaky_relu
-
-    for module in model.modules():
-        if isinstance(module, WindowAttention) and attention:
-            module.kernel = window_attention
-        if isinstance(module, ResidualBlock) and norm:
-            module.kernel = instance_norm_leaky_relu
-    return model
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -123,16 +124,6 @@ def refuse_bad_sides(sides):
             )
 
 
-def refuse_large_window(window_size: int, sides):
-    """InputError if a window is larger than the finest token grid of a volume: no block would shift or even fill it."""
-    grid = min(sides) // 2
-    if window_size > grid:
-        raise InputError(
-            f"--window-size {window_size}: larger than the token grid of {grid} that {min(sides)} voxels give. "
-            f"Take {grid} or less (7 is usual), or preprocess to a larger --size."
-        )
-
-
 def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing):
     if feature_size < 12 or feature_size % 12:
         raise InputError(f"feature_size {feature_size}: must be a multiple of 12, such as 12, 24, 36 or 48.")
@@ -144,10 +135,13 @@ def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention
         if feature_size * 2**stage % heads:
             channels = feature_size * 2**stage
             raise InputError(f"num_heads {tuple(num_heads)}: {heads} heads cannot share {channels} channels.")
-    if attention not in ATTENTION:
-        raise InputError(f"attention {attention!r}: must be one of {', '.join(ATTENTION)}.")
-    if checkpointing not in CHECKPOINTING:
-        raise InputError(f"checkpointing {checkpointing!r}: must be one of {', '.join(CHECKPOINTING)}.")
+    _refuse_unknown("attention", attention, ATTENTION)
+    _refuse_unknown("checkpointing", checkpointing, CHECKPOINTING)
+
+
+def _refuse_unknown(setting: str, value: str, known: tuple[str, ...]):
+    if value not in known:
+        raise InputError(f"{setting} {value!r}: must be one of {', '.join(known)}.")
 
 
 # ---- the transformer encoder ---------------------------------------------------------------------------------------
@@ -296,13 +290,21 @@ class ResidualBlock(nn.Module):
         self.conv2 = Conv(out_channels, out_channels, 3)
         if in_channels != out_channels:
             self.conv3 = Conv(in_channels, out_channels, 1)
-        self.kernel = None  # fused norm, addition and ReLU; see use_triton
+        self._kernel = None  # fused norm, addition and ReLU; see set_kernels
+
+    def set_kernels(self, kind: str):
+        """As in WindowAttention."""
+        self._kernel = None
+        if kind == "triton":
+            from models.swinunetr.triton_norm import instance_norm_leaky_relu  # triton is an optional package
+
+            self._kernel = instance_norm_leaky_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is not None:
-            y = self.conv2(self.kernel(self.conv1(x)))
+        if self._kernel is not None:
+            y = self.conv2(self._kernel(self.conv1(x)))
             has_conv3 = hasattr(self, "conv3")
-            return self.kernel(y, self.conv3(x) if has_conv3 else x, has_conv3)
+            return self._kernel(y, self.conv3(x) if has_conv3 else x, has_conv3)
         y = F.leaky_relu_(instance_norm(self.conv1(x)), SLOPE)
         y = instance_norm(self.conv2(y))
         shortcut = instance_norm(self.conv3(x)) if hasattr(self, "conv3") else x

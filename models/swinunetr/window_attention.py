@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.swinunetr.blocked_attention import blocked_attention
 
 ATTENTION = ("reference", "sdpa", "auto")
+KERNELS = ("torch", "triton")
 MASKED = -100.0  # added to the logit of a pair of tokens that are not neighbours; exp(-100) is nothing in float32
 ALIGNMENT = 16  # elements: fused GPU kernels read a bias in place only if its rows start at a multiple of this
 CPU_CHANNELS = 16  # channels per head below which the fused CPU kernel is slower than with zeros appended
@@ -40,7 +41,15 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self._cached = (None, None)  # (key, biases) of the last evaluation
-        self.kernel = None  # a fused kernel in place of all that follows partition(); see network.use_triton
+        self._kernel = None  # a fused kernel in place of all that follows partition(); see set_kernels
+
+    def set_kernels(self, kind: str):
+        """One of KERNELS; "triton" is this package's own, for CUDA devices. InputError without triton."""
+        self._kernel = None
+        if kind == "triton":
+            from models.swinunetr.triton_attention import window_attention  # triton is an optional package
+
+            self._kernel = window_attention
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D, H, W, C] -> [B, D, H, W, C], each token a mixture of the tokens of its window."""
@@ -56,7 +65,7 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = x.roll([-s for s in shift], dims=(1, 2, 3))
         x = partition(x, window, counts)  # [B, nD, nH, nW, N, C]
-        attend = self._attend_by_group if self.kernel is None else self._attend_by_kernel
+        attend = self._attend_by_group if self._kernel is None else self._attend_by_kernel
         x = attend(x, window, shift, counts)
         x = merge(x, window, counts)  # [B, D', H', W', C]
         if any(shift):
@@ -85,7 +94,7 @@ class WindowAttention(nn.Module):
     def _attend_by_kernel(self, x: Tensor, window, shift, counts) -> Tensor:
         """x [B, nD, nH, nW, N, C] -> the same, all windows at once: the kernel finds bias and mask by itself."""
         q, k, v = self._heads(self.qkv(x.flatten(0, 3)))
-        mixed = self.kernel(q, k, v, self.relative_position_bias_table, window, counts, shift, self.window_size)
+        mixed = self._kernel(q, k, v, self.relative_position_bias_table, window, counts, shift, self.window_size)
         return self.proj(mixed.transpose(1, 2).flatten(2)).view(x.shape)
 
     def _heads(self, qkv: Tensor):

@@ -1,12 +1,24 @@
-"""What the viewer shows of a case: its image, its label maps, and what is written about them."""
+"""What the viewer shows of a case: its image, its label maps, and what is written about them; and how it is loaded."""
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from models.brats import LABELS, REGIONS
+from models.brats import (
+    LABELS,
+    Case,
+    find_cases,
+    read_case,
+    read_label,
+    spacing_of,
+    to_ras,
+    to_training_labels,
+)
+from models.errors import InputError
 from models.plots import intensity_window
 
 
@@ -49,18 +61,46 @@ class Scene:
         return self.affine @ self.ras_to_native
 
 
-def with_prediction(scene: Scene, label: np.ndarray, timing: str = "") -> Scene:
-    """The scene with a predicted label map [D, H, W], and its Dice where there is a truth."""
-    maps = scene.maps | {"prediction": label}
-    return replace(scene, maps=maps, scores=describe_dice(maps) if "truth" in maps else "", timing=timing)
+# ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def describe_dice(maps: dict) -> str:
-    """The Dice of each region, prediction against truth."""
-    import torch  # seconds to import: only for those who compare
+def find_scenes(path: Path, labels: str | None) -> dict[str, Callable[[], Scene]]:
+    """Case name -> function that loads it, in order: of a .pt file, a folder of them, or a folder of raw cases.
+    `labels` is the label scheme of raw cases whose file names do not say it."""
+    tensors = [path] if path.suffix == ".pt" else sorted(path.glob("*.pt"))
+    if tensors:
+        return {tensor.stem: partial(load_tensor, tensor) for tensor in tensors}
+    return {case.name: partial(load_raw, case, labels) for case in find_cases(path)}
 
-    from models.metrics import confusion, dice_per_target
 
-    prediction, truth = (torch.from_numpy(np.ascontiguousarray(maps[name])) for name in ("prediction", "truth"))
-    dice = dice_per_target(confusion(prediction, truth))
-    return "Dice " + ", ".join(f"{region} {dice[region]:.3f}" for region in REGIONS)
+def load_raw(case: Case, labels: str | None) -> Scene:
+    """The scene of a raw case."""
+    scheme = labels or case.layout
+    volumes = read_case(case)
+    maps = {}
+    if volumes.label is not None:
+        label = to_training_labels(volumes.label, scheme, case.files["seg"][0])
+        maps["truth"] = to_ras(label[None], volumes.affine)[0]
+    image, voxel_mm = to_ras(volumes.image, volumes.affine), spacing_of(volumes.affine)
+    return Scene(case.name, image, maps, voxel_mm, volumes.affine, volumes.image.shape[1:], scheme)
+
+
+def load_tensor(path: Path) -> Scene:
+    """The scene of a preprocessed case; it is called as its file is."""
+    from models.dataset import load_case  # needs torch, for which nobody who looks at a raw case has to wait
+    from models.preprocessing import network_spacing_mm  # and so does this
+
+    case = load_case(path)
+    maps = {"truth": case["label"][0].numpy()} if "label" in case else {}
+    return Scene(path.stem, case["image"].numpy(), maps, network_spacing_mm(case["geometry"]))
+
+
+def read_prediction(path: Path, scene: Scene) -> np.ndarray:
+    """A label map on the scene's own grid, as training labels [D, H, W] with RAS axes."""
+    label, affine = read_label(path)
+    if scene.affine is None:
+        raise InputError("--prediction: a label map is on the original grid; give the raw case, not a .pt file.")
+    if label.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
+        raise InputError(f"{path}: shape {label.shape} or affine differs from {scene.name} {scene.native_shape}. "
+                         "Give a label map on the grid of the case.")
+    return to_ras(to_training_labels(label, scene.scheme, path)[None], affine)[0]

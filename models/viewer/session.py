@@ -1,118 +1,15 @@
-"""Live segmentation: the case that the viewer shows goes through a trained network while the window stays responsive.
+"""Going through cases in the viewer: loading and segmenting happen in a thread, and the window stays responsive."""
 
-`segment` takes one case to network space and back; a `Session` steps through cases and does the work in a thread.
-"""
-
-import json
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 
 from models.errors import InputError, one_line
-from models.viewer.scene import Scene, with_prediction
+from models.viewer.scene import Scene
 
 POLL_MS = 150  # between two checks of the thread
-
-
-# ---- segmenting ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained network in evaluation mode, or an engine, and its cases: cubes of `size` voxels, from a spacing of
-    `spacing_mm`."""
-
-    name: str
-    model: object
-    size: int
-    spacing_mm: float
-    device: object
-    amp_dtype: object
-
-
-def open_run(path: Path, device: str, amp: str) -> Run:
-    """The network of a run (its folder, or a checkpoint in it), ready to segment."""
-    from models import load_model
-    from models.device import choose_device, inference_dtype
-
-    device = choose_device(device)
-    model, checkpoint = load_model(path, device)
-    folder = path if path.is_dir() else path.parent
-    described = folder / "config.json"
-    config = json.loads(described.read_text()) if described.is_file() else {}
-    if missing := {"size", "spacing_mm"} - config.keys():
-        raise InputError(f"{described}: lacks {' and '.join(sorted(missing))} of the cases it was trained on.")
-    amp_dtype = inference_dtype(amp, checkpoint.get("amp", "off"), device)
-    return Run(folder.name, model, config["size"][0], config["spacing_mm"], device, amp_dtype)
-
-
-def with_engine(run: Run, engine: str) -> Run:
-    """The run with an engine in place of its network, as --engine says; making one can take a minute."""
-    from models.inference.engines import choose_engine
-
-    return replace(run, model=choose_engine(run.model, engine, run.amp_dtype, run.size, run.device))
-
-
-def refuse_other_size(scene: Scene, run: Run):
-    if scene.affine is None and scene.image.shape[1:] != (run.size,) * 3:
-        sides = "x".join(map(str, scene.image.shape[1:]))
-        raise InputError(
-            f"{scene.name}: a tensor of {sides} voxels, but {run.name} was trained on cubes of {run.size}. "
-            f"Preprocess with --size {run.size}, or name the raw case."
-        )
-
-
-def segment(scene: Scene, run: Run, report=lambda stage: None) -> Scene:
-    """The scene with the network's prediction on its own grid, its Dice, and the milliseconds it took.
-
-    `report` is called with the name of each stage as it begins, and before every layer of the network; an exception
-    that it raises ends the work.
-    """
-    import torch
-
-    from models.inference.predict import predict
-    from models.preprocessing import label_map, native_label_map, to_network
-
-    refuse_other_size(scene, run)
-    times = [time.perf_counter()]
-    report("segmenting: preprocessing")
-    if scene.affine is None:
-        image, geometry = torch.from_numpy(scene.image), None
-    else:  # the image has RAS axes already: with their affine, native_label_map brings the prediction back to these
-        case = to_network(scene.image, None, scene.ras_affine, run.size, run.spacing_mm)
-        image, geometry = case["image"], case["geometry"]
-    image = image.to(run.device)
-    times.append(time.perf_counter())
-    in_network = partial(report, "segmenting: network")
-    in_network()
-    layers = run.model.modules() if isinstance(run.model, torch.nn.Module) else ()  # an engine is a single step
-    hooks = [module.register_forward_pre_hook(lambda *_: in_network()) for module in layers]
-    try:
-        probabilities = predict(run.model, image, run.amp_dtype)  # [4, D, H, W]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    times.append(time.perf_counter())
-    report("segmenting: back to the grid of the file")
-    label = native_label_map(probabilities, geometry) if geometry else label_map(probabilities)
-    label = label.cpu().numpy()  # [D, H, W] of the scene
-    times.append(time.perf_counter())
-    before_ms, network_ms, after_ms = ((end - start) * 1e3 for start, end in pairwise(times))
-    parts = f"network {network_ms:.0f}"
-    if geometry:
-        parts = f"preprocessing {before_ms:.0f}, {parts}, back to the grid of the file {after_ms:.0f}"
-    timing = f"segmented by {run.name} in {before_ms + network_ms + after_ms:.0f} ms ({parts})"
-    report("segmenting: Dice")
-    return with_prediction(scene, label, timing)
-
-
-# ---- going through cases -------------------------------------------------------------------------------------------
 
 
 class Abandoned(Exception):
@@ -125,11 +22,12 @@ class Session:
 
     Args:
         loaders: case name -> function that returns its Scene. The viewer shows one of them already.
-        run: what to segment each case with, or None.
+        segment: segment(scene, report) returns the scene with a prediction, calling report(text) as it gets on; or
+            None.
     """
 
-    def __init__(self, viewer, loaders: dict, run: Run | None = None):
-        self.viewer, self.loaders, self.run, self.names = viewer, loaders, run, list(loaders)
+    def __init__(self, viewer, loaders: dict, segment: Callable | None = None):
+        self.viewer, self.loaders, self.segment, self.names = viewer, loaders, segment, list(loaders)
         self.position = self.names.index(viewer.scene.name)
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.wanted, self.future, self.then, self.stage, self.began_s = 0, None, None, "", 0.0
@@ -150,8 +48,8 @@ class Session:
         if manager is not None:
             manager.set_window_title(f"{self.viewer.place}: {scene.name}" if many else scene.name)
         self.viewer.show_slice()
-        if self.run:
-            self.start(partial(segment, scene, self.run), self.viewer.show_maps, "segmenting")
+        if self.segment:
+            self.start(partial(self.segment, scene), self.viewer.show_maps, "segmenting")
 
     def show_loaded(self, scene: Scene):
         self.viewer.show(scene)

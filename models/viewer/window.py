@@ -3,6 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
 
@@ -29,14 +33,9 @@ MARGIN = 0.05  # around the head for the letters, as a share of its longer side
 def new_figure(with_window: bool):
     """A dark figure, in a window or for a file alone. Without a display a window is refused."""
     if not with_window:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         figure = Figure(figsize=(SIDE_INCHES, SIDE_INCHES), facecolor="black")
         FigureCanvasAgg(figure)
         return figure
-    from matplotlib import pyplot
-
     for keymap in [name for name in pyplot.rcParams if name.startswith("keymap.")]:
         pyplot.rcParams[keymap] = []  # the toolbar's own s, o, p and arrows would act as well
     try:
@@ -214,8 +213,6 @@ class Viewer:
         return np.rint(picture * 255).astype(np.uint8)
 
     def show_legend(self):
-        from matplotlib.patches import Patch
-
         for legend in list(self.figure.legends):
             legend.remove()
         self.legend_text.set_text("no segmentation")
@@ -329,8 +326,6 @@ class Viewer:
         elif event.key == "s":
             self.save(Path(f"{self.scene.name}_{self.plane}_{self.index}.png"))
         elif event.key == "q":
-            from matplotlib import pyplot
-
             pyplot.close(self.figure)
 
     def on_move(self, event):

@@ -24,7 +24,7 @@ from torch import nn
 from models import build_model, onednn
 from models.device import choose_device, device_name
 from models.files import git_commit
-from models.training import make_loss
+from models.losses import make_loss
 
 CPU = choose_device("cpu")
 # network, its settings, pass, side in voxels, batch

@@ -21,7 +21,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from models import build_model
 from models.cost import GIB, training_peak_gib
 from models.files import git_commit
-from models.training import make_loss
+from models.losses import make_loss
 
 NETWORKS = {
     "ours": lambda feature_size: build_model("swinunetr", feature_size=feature_size),

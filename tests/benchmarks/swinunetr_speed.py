@@ -26,7 +26,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from models import build_model
 from models.device import choose_device, device_name, keep_freed_memory, native_dtypes, synchronise
 from models.files import git_commit
-from models.training import make_loss
+from models.losses import make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
 KEPT = ", memory kept"  # as ours has it, see models.device.keep_freed_memory

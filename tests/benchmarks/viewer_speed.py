@@ -34,14 +34,14 @@ def measure(case: Path) -> dict:
     import numpy as np
     from matplotlib import pyplot
 
-    import models.viewer.session  # noqa: F401 imports are not what is measured
-    import view_interactive_4pane_brats as view
-    from models.viewer.scene import with_prediction
+    # Imports are not what is measured.
+    from models.viewer.scene import find_scenes
+    from models.viewer.segmentation import with_prediction
     from models.viewer.window import Viewer, new_figure
 
     pyplot.close(pyplot.figure())  # nor is the start of Tk
     start, start_cpu = time.perf_counter(), time.process_time()
-    scene = next(iter(view.find_scenes(case, None).values()))()
+    scene = next(iter(find_scenes(case, None).values()))()
     loaded = time.perf_counter()
     viewer = Viewer(new_figure(with_window=True), scene)
     canvas = viewer.figure.canvas

@@ -1,0 +1,340 @@
+"""A trained run: its folder, its record (config.json) and its checkpoints; beginning, resuming and opening one.
+
+config.json is written before the first step and from then on only appended to: every --resume adds an entry to its list
+`resumptions`.
+"""
+
+import io
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models import build_model, cost
+from models.brats import MODALITIES
+from models.dataset import manifest_checksum, spacing_of_cases
+from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
+from models.errors import InputError, one_line
+from models.files import ROOT, git_commit, write_atomically
+
+CHECKPOINT_FORMAT = 1
+RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
+# The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
+# content is compared.
+FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
+              *RUNTIME_SETTINGS)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, as its checkpoint and the config.json beside it describe it. Where there is no config.json, what
+    only it knows is None."""
+
+    name: str
+    folder: Path
+    checkpoint: Path
+    network: str  # as build_model takes it, with `config`
+    config: dict
+    epoch: int
+    amp: str  # as --amp, without "auto"
+    size: list[int] | None  # of its cases, [D, H, W] voxels
+    spacing_mm: float | None  # that they were resampled to before they were cropped
+    data: Path | None
+    data_sha256: str | None  # see dataset.manifest_checksum
+    split: dict[str, list[str]] | None
+
+
+# ---- opening -------------------------------------------------------------------------------------------------------
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in a folder, or that of a checkpoint file. InputError where there is none or it is damaged."""
+    path = Path(path)
+    checkpoint_file = path / "best.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(checkpoint_file, mmap=True)
+    folder = checkpoint_file.resolve().parent
+    record = read_record(folder)
+    data = record.get("arguments", {}).get("data")
+    return Run(
+        name=folder.name,
+        folder=checkpoint_file.parent,
+        checkpoint=checkpoint_file,
+        network=checkpoint["network"],
+        config=checkpoint["config"],
+        epoch=checkpoint["epoch"],
+        amp=checkpoint.get("amp", "off"),
+        size=record.get("size"),
+        spacing_mm=record.get("spacing_mm"),
+        data=ROOT / data if data else None,
+        data_sha256=record.get("data_manifest_sha256"),
+        split=record.get("split"),
+    )
+
+
+def read_record(folder: Path) -> dict:
+    """What config.json says; empty where there is none: a checkpoint can be used without its folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({one_line(error, 80)}).") from None
+
+
+def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
+    """The trained network of a run (its folder, or a checkpoint file) in evaluation mode, and its checkpoint.
+
+    A missing, damaged or mismatched file is an InputError: weights are loaded strictly or not at all.
+    """
+    path = Path(path)
+    path = path / "best.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint["network"], **checkpoint["config"])
+    load_weights(model, checkpoint, path)
+    return model.to(device).eval(), checkpoint
+
+
+def load_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """The dict in a checkpoint file of ours; anything else is an InputError. With `mmap`, for those who look at the
+    rest alone, the weights are not read; the file must not be written to while the dict is alive."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
+        raise InputError(f"{path}: damaged or no checkpoint ({one_line(error, 80)}).") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this project's training scripts.")
+    if tuple(checkpoint["modalities"]) != MODALITIES:
+        raise InputError(f"{path}: trained on the channels {tuple(checkpoint['modalities'])}, not {MODALITIES}.")
+    return checkpoint
+
+
+def load_weights(model, checkpoint: dict, path: Path):
+    try:
+        model.load_state_dict(checkpoint["model"], strict=True)
+    except RuntimeError as error:
+        reason = one_line(error, 160)
+        raise InputError(f"{path}: its weights do not fit {model.network} {model.config}: {reason}") from None
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def choose_folder(network: str, name: str | None) -> Path:
+    """The folder of a run, below the repository wherever the command was given; without a name it is called after the
+    time. All processes get the same one. Nothing is created."""
+    name = name or decided_once(lambda: time.strftime("%Y%m%d-%H%M%S"))
+    folder = ROOT / "models" / network / "results" / name
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder  # shorter to read and to type
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, so that a second training of the same name is refused and not mixed with this one.
+
+    The lock is a file that names a process and its machine. One whose process is gone is taken over, if it ran on this
+    machine; of the processes of others nothing is known.
+    """
+    if rank() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    _take(lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: the usual case
+            folder.rmdir()
+
+
+def _take(lock: Path):
+    try:
+        file = lock.open("x")  # fails where the file is there: of two processes one gets it
+    except FileExistsError:
+        owner = lock.read_text()
+        pid, _, machine = owner.partition(" ")
+        if machine != socket.gethostname() or not pid.isdecimal() or _is_running(int(pid)):
+            raise InputError(
+                f"{lock.parent}: process {pid} on {machine or 'an unknown machine'} trains here. Choose another "
+                f"--run-name, or delete {lock} if that process is gone."
+            ) from None
+        lock.unlink(missing_ok=True)
+        file = lock.open("x")
+    with file:
+        file.write(f"{os.getpid()} {socket.gethostname()}")
+
+
+def _is_running(pid: int) -> bool:
+    if sys.platform == "win32":  # os.kill would end it there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+# ---- the record ----------------------------------------------------------------------------------------------------
+
+
+def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list[str]]) -> dict | None:
+    """What config.json says of the run that these arguments (name of a flag -> value) resume; None for a new run.
+
+    InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
+    it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
+    was chosen.
+    """
+    last = folder / "last.pt"
+    if not arguments["resume"]:
+        if last.exists():
+            raise InputError(f"{folder} holds a run already. Choose another --run-name, or go on with --resume.")
+        return None
+    if not last.is_file():
+        raise InputError(f"--resume: {last} does not exist. Say which run with --run-name, or begin it without "
+                         "--resume.")  # fmt: skip
+    record = read_record(folder)
+    if not record:
+        raise InputError(f"--resume: {folder / 'config.json'} is missing, so it is not known what the run began with.")
+    if record["data_manifest_sha256"] != manifest_checksum(arguments["data"]):
+        raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
+                         f"differs from {record['arguments']['data']}).")  # fmt: skip
+    before = current_arguments(record)
+    changed = [
+        f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
+        for flag, value in before.items()
+        if flag in arguments and flag not in FREE_FLAGS and arguments[flag] not in (value, "auto")
+    ]
+    if arguments["epochs"] < before["epochs"]:
+        changed.append(f"--epochs {arguments['epochs']} (the run: {before['epochs']}; only more are possible)")
+    if record["processes"] != world_size():
+        changed.append(f"{world_size()} processes (the run: {record['processes']})")
+    if changed:
+        raise InputError(f"--resume: {folder} is not what these flags ask for: {', '.join(changed)}.")
+    if record["split"] != split:
+        raise InputError(f"--resume: {arguments['data']}/splits.json is not the split that {folder} was trained on: "
+                         "its validation cases may have been trained on.")  # fmt: skip
+    _refuse_other_network(last, model)
+    return record
+
+
+def _refuse_other_network(path: Path, model):
+    checkpoint = load_checkpoint(path, mmap=True)
+    trained, asked = (
+        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
+        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
+    )
+    if checkpoint["network"] != model.network or trained != asked:
+        raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
+
+
+def current_arguments(record: dict) -> dict:
+    """The arguments with what the resumptions have changed."""
+    arguments = dict(record["arguments"])
+    for resumption in record.get("resumptions", ()):
+        arguments |= resumption["changed"]
+    return arguments
+
+
+def write_record(
+    folder: Path, earlier: dict | None, model, arguments: dict, split: dict[str, list[str]], size: list[int], device
+):
+    """Say what the training will cost, and write config.json; with `earlier` (see `record_to_resume`) append to it.
+
+    Args:
+        arguments: name of a flag -> value, without "auto".
+        size: of a case, [D, H, W] voxels.
+    """
+    if rank() != 0:
+        return
+    costs = cost.of_training(model, (arguments["batch_size"], 4, *size), AMP_DTYPES[arguments["amp"]])
+    print(f"{model.network}: {costs['parameters'] / 1e6:.1f} million parameters; {costs['gmac']:.1f} GMAC = "
+          f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
+          f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {arguments['batch_size']}).")
+    data = arguments["data"]
+    arguments = arguments | {"data": _portable(data), "run_name": folder.name}
+    circumstances = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device_name(device),
+    }
+    if earlier is None:
+        record = {
+            "network": model.network,
+            "model": model.config,
+            "size": size,
+            "spacing_mm": spacing_of_cases(data),
+            "arguments": arguments,
+            "processes": world_size(),
+            "effective_batch_size": arguments["batch_size"] * arguments["accumulate"] * world_size(),
+            "data_manifest_sha256": manifest_checksum(data),
+            "split": split,
+            **costs,
+            **circumstances,
+        }
+    else:
+        resumption = _resumption(folder, earlier, arguments) | circumstances
+        record = earlier | {"resumptions": [*earlier.get("resumptions", ()), resumption]}
+    write_atomically(folder / "config.json", json.dumps(record, indent=1))
+
+
+def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
+    """After which epoch the run goes on, and which arguments have changed; printed as well."""
+    before, after_epoch = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)["epoch"]
+    changed = {key: value for key, value in arguments.items() if key != "resume" and before.get(key) != value}
+    said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
+    print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
+    return {"after_epoch": after_epoch, "changed": changed}
+
+
+def _portable(path: Path) -> str:
+    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(model, amp: str, history: list[dict]) -> dict:
+    """What best.pt holds: the network after the last epoch of the history, and what it takes to build it again."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "network": model.network,
+        "config": {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()},
+        "modalities": list(MODALITIES),
+        "amp": amp,
+        "epoch": len(history),
+        "dice_mean": history[-1]["dice_mean"],
+        "model": model.state_dict(),
+    }
+
+
+def save(path: Path, content: dict):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def restore(path: Path, model, optimizer, scaler) -> list[dict]:
+    """Load the state after the last whole epoch; returns the history."""
+    checkpoint = load_checkpoint(path)
+    load_weights(model, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["history"]

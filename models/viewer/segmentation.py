@@ -1,0 +1,105 @@
+"""Predictions in the viewer: a case goes through a trained network and comes back with label map, Dice and times."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.brats import REGIONS
+from models.device import choose_device, inference_dtype
+from models.errors import InputError
+from models.inference.engines import choose_engine
+from models.inference.predict import refuse_unknown_preprocessing, segment
+from models.metrics import confusion, dice_per_target
+from models.runs import Run, load_model, open_run
+from models.timing import stage_durations_ms
+from models.viewer.scene import Scene
+
+STAGES = {"preprocess": "preprocessing", "forward": "network", "postprocess": "back to the grid of the file"}
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A run, and what computes its predictions here."""
+
+    run: Run
+    network: object  # in evaluation mode; or an engine
+    device: torch.device
+    amp_dtype: torch.dtype | None
+
+
+def load_segmenter(path: Path, device: str, amp: str) -> Segmenter:
+    """The run in a folder, or of a checkpoint; `device` and `amp` as the flags have them."""
+    run = open_run(path)
+    refuse_unknown_preprocessing(run)
+    device = choose_device(device)
+    return Segmenter(run, load_model(path, device)[0], device, inference_dtype(amp, run.amp, device))
+
+
+def with_engine(segmenter: Segmenter, engine: str) -> Segmenter:
+    """With an engine in place of the network, as --engine says; making one can take a minute."""
+    size = segmenter.run.size[0]
+    chosen = choose_engine(segmenter.network, engine, segmenter.amp_dtype, size, segmenter.device)
+    return replace(segmenter, network=chosen)
+
+
+def refuse_unfit_tensor(scene: Scene, run: Run):
+    """InputError for a preprocessed case of another size than those that the run was trained on."""
+    if scene.affine is None and list(scene.image.shape[1:]) != run.size:
+        sides = "x".join(map(str, scene.image.shape[1:]))
+        raise InputError(
+            f"{scene.name}: a tensor of {sides} voxels, but {run.name} was trained on cubes of {run.size[0]}. "
+            f"Preprocess with --size {run.size[0]}, or name the raw case."
+        )
+
+
+def segment_scene(segmenter: Segmenter, scene: Scene, report: Callable[[str], None] = lambda text: None) -> Scene:
+    """The scene with the network's prediction on its own grid, its Dice, and the milliseconds it took.
+
+    `report` is called with the name of each stage as it begins, and before every layer of the network; an exception
+    that it raises ends the work.
+    """
+    run, network = segmenter.run, segmenter.network
+    refuse_unfit_tensor(scene, run)
+
+    def work(on_stage):
+        def begin(stage):
+            report(f"segmenting: {STAGES[stage]}")
+            on_stage(stage)
+
+        # A scene has RAS axes: with their affine, the prediction comes back to these.
+        affine = None if scene.affine is None else scene.ras_affine
+        return segment(scene.image, affine, network, size=run.size[0], spacing_mm=run.spacing_mm,
+                       device=segmenter.device, amp_dtype=segmenter.amp_dtype, on_stage=begin)  # fmt: skip
+
+    layers = network.modules() if isinstance(network, torch.nn.Module) else ()  # an engine is a single step
+    before_layer = partial(report, f"segmenting: {STAGES['forward']}")
+    hooks = [module.register_forward_pre_hook(lambda *_: before_layer()) for module in layers]
+    try:
+        label, spent_ms = stage_durations_ms(work)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if scene.affine is None:  # neither of the others has anything to do
+        parts = f"network {spent_ms['forward']:.0f}"
+    else:
+        parts = ", ".join(f"{STAGES[stage]} {ms:.0f}" for stage, ms in spent_ms.items())
+    report("segmenting: Dice")
+    timing = f"segmented by {run.name} in {sum(spent_ms.values()):.0f} ms ({parts})"
+    return with_prediction(scene, label, timing)
+
+
+def with_prediction(scene: Scene, label: np.ndarray, timing: str = "") -> Scene:
+    """The scene with a predicted label map [D, H, W], and its Dice where there is a truth."""
+    maps = scene.maps | {"prediction": label}
+    return replace(scene, maps=maps, scores=describe_dice(maps) if "truth" in maps else "", timing=timing)
+
+
+def describe_dice(maps: dict) -> str:
+    """The Dice of each region, prediction against truth."""
+    prediction, truth = (torch.from_numpy(np.ascontiguousarray(maps[name])) for name in ("prediction", "truth"))
+    dice = dice_per_target(confusion(prediction, truth))
+    return "Dice " + ", ".join(f"{region} {dice[region]:.3f}" for region in REGIONS)
