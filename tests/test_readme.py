@@ -19,6 +19,21 @@ def test_the_table_is_what_the_csv_files_give(name):
     assert BLOCKS[name] == readme_tables.TABLES[name](), "run python tests/readme_tables.py"
 
 
+def test_a_table_takes_the_rows_of_the_last_commit_on_each_device(tmp_path, monkeypatch):
+    lines = "device,commit,ms", "A,old,1", "B,old,2", "A,new,3", "A,new,4"
+    (tmp_path / "some.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    assert [row["ms"] for row in readme_tables.read("some.csv", "device")] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize(("device", "column"), [
+    ("AMD EPYC (AVX2), 2 threads", "AVX2"), ("Intel(R) Xeon(R) (AVX512 with bf16), 1 threads", "AVX-512 with bf16"),
+    ("AMD EPYC (avx512_bf16)", "AVX-512 with bf16"), ("avx2", "AVX2"), ("NVIDIA H200", "NVIDIA H200"),
+])  # fmt: skip
+def test_devices_are_told_apart_by_their_instructions(device, column):
+    assert readme_tables.instruction_set(device) == column
+
+
 def test_it_can_be_read_at_once():
     assert len(TEXT.splitlines()) <= 220
 
