@@ -1,93 +1,59 @@
-"""The tables in README.md say what the committed CSV files say."""
+"""README.md: its tables are those of the committed CSV files, what it links to is there, and it is short."""
 
-import csv
-import statistics
+import re
 
+import pytest
+import readme_tables
 from conftest import ROOT
 
-RESULTS = ROOT / "tests/benchmarks/results"
+TEXT = readme_tables.README.read_text(encoding="utf-8")
+BLOCKS = {name: content.splitlines() for _, name, content, _ in readme_tables.BLOCK.findall(TEXT)}
 
 
-def table_under(first_header: str) -> list[list[str]]:
-    """The cells of the README's table whose header row begins so, without header and rule."""
-    lines = iter((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
-    assert any(line.startswith(f"| {first_header} |") for line in lines), first_header
-    next(lines)
-    rows = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def test_every_table_that_can_be_generated_has_a_place():
+    assert list(BLOCKS) == list(readme_tables.TABLES)
 
 
-def test_the_memory_table():
-    rows = list(csv.DictReader((RESULTS / "swinunetr_memory.csv").open()))
-    counted = [key for key in rows[0] if key.endswith("(counted GiB)")]
-    expected = [
-        [row["size"], row["feature_size"], row["precision"], *(f"{float(row[key]):.2f}" for key in counted)]
-        for row in rows
-    ]
-    assert table_under("size | feature size | precision") == expected
+@pytest.mark.parametrize("name", readme_tables.TABLES)
+def test_the_table_is_what_the_csv_files_give(name):
+    assert BLOCKS[name] == readme_tables.TABLES[name](), "run python tests/readme_tables.py"
 
 
-def test_the_speed_table():
-    """Medians of the runs, and of each group of MONAI's networks the fastest beside the fastest of ours."""
-    seconds = {}
-    for row in csv.DictReader((RESULTS / "swinunetr_speed_cpu.csv").open()):
-        setting = f"{row['mode']}, {row['dtype']}, {row['size']}³, feature size {row['feature_size']}"
-        seconds.setdefault(setting, {}).setdefault(row["network"], []).append(float(row["seconds"]))
-    expected = []
-    for setting, networks in seconds.items():
-        medians = {name: statistics.median(values) for name, values in networks.items()}
-        ours = min(median for name, median in medians.items() if name.startswith("ours"))
-        default = medians["monai"]
-        best = min(median for name, median in medians.items() if name.startswith("monai"))
-        expected.append([setting, f"{ours:.2f} s", f"{default:.2f} s", f"{best:.2f} s", f"**{default / ours:.1f}**",
-                         f"**{best / ours:.1f}**"])  # fmt: skip
-    assert table_under("CPU, 2 threads") == expected
+def test_a_table_takes_the_rows_of_the_last_commit_on_each_device(tmp_path, monkeypatch):
+    lines = "device,commit,ms", "A,old,1", "B,old,2", "A,new,3", "A,new,4"
+    (tmp_path / "some.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    assert [row["ms"] for row in readme_tables.read("some.csv", "device")] == ["2", "3", "4"]
 
 
-def whole_benchmark() -> list[dict]:
-    """The rows of the run of benchmark_inference.py over every engine, the fastest first within a network."""
-    (path,) = (ROOT / "benchmarks").glob("inference-*-cpu.csv")
-    rows = [row for row in csv.DictReader(path.open()) if row["status"] == "ok" and "--profile" in row["command"]]
-    return sorted(rows, key=lambda row: (row["network"], float(row["p50_ms"])))
+@pytest.mark.parametrize(("device", "column"), [
+    ("AMD EPYC (AVX2), 2 threads", "AVX2"), ("Intel(R) Xeon(R) (AVX512 with bf16), 1 threads", "AVX-512 with bf16"),
+    ("AMD EPYC (avx512_bf16)", "AVX-512 with bf16"), ("avx2", "AVX2"), ("NVIDIA H200", "NVIDIA H200"),
+])  # fmt: skip
+def test_devices_are_told_apart_by_their_instructions(device, column):
+    assert readme_tables.instruction_set(device) == column
 
 
-def digits(value: str, places: int = 0) -> str:
-    return f"{float(value):.{places}f}"
+def test_it_can_be_read_at_once():
+    assert len(TEXT.splitlines()) <= 220
 
 
-def test_the_engine_table():
-    expected = [
-        [*(row[key] for key in ("model", "engine", "dtype", "layout")),
-         *(digits(row[f"{key}_ms"]) for key in ("p50", "p90", "floor")),
-         digits(row["times_faster_than_monai_eager"], 1), digits(row["peak_gib"], 1), digits(row["first_use_s"]),
-         f"{float(row['label_agreement']):.2%}"]
-        for row in whole_benchmark()
-    ]  # fmt: skip
-    assert len(expected) >= 20 and table_under("network | engine | type | layout") == expected
+def test_every_local_link_and_picture_exists():
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", TEXT)
+    local = {link or picture for link, picture in links if not (link or picture).startswith(("http", "#"))}
+    assert len(local) > 20
+    assert sorted(link for link in local if not (ROOT / link).exists()) == []
 
 
-def test_the_end_to_end_table():
-    """The fastest engine of every network."""
-    fastest, stages = {}, ("load", "preprocess", "forward", "postprocess", "write")
-    for row in whole_benchmark():
-        fastest.setdefault(row["model"], row)
-    expected = []
-    for model, row in fastest.items():
-        spent = [float(row[f"{stage}_ms"]) for stage in stages]
-        whole = sum(spent)
-        durations = (*spent, whole, whole - float(row["forward_ms"]))
-        expected.append([f"{model}: {row['engine']}, {row['dtype']}", *(f"{ms:.0f}" for ms in durations)])
-    assert table_under("from files to a label map") == expected
+def test_the_file_tree_names_every_module_and_script_that_there_is():
+    tree = TEXT.partition("## Where things are\n```\n")[2].partition("```")[0]
+    named = {name.rpartition("/")[2] for name in re.findall(r"[\w/]+\.py", tree)}
+    modules = {path.name for path in (ROOT / "models").rglob("*.py")} - {"__init__.py"}
+    assert named == modules | {path.name for path in ROOT.glob("*.py")} | {"draw_networks.py", "readme_tables.py"}
 
 
-def test_the_profile_table():
-    (path,) = (ROOT / "benchmarks").glob("inference-*-cpu-profile.csv")
-    expected = []
-    for row in csv.DictReader(path.open()):
-        spent = [float(value) for key, value in row.items() if key not in ("network", "row")]
-        expected.append([row["row"], *(f"{ms:.0f}" for ms in spent), f"{sum(spent):.0f}"])
-    assert table_under("ms of one pass") == expected
+def test_every_flag_is_one_that_a_script_has():
+    flags = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", TEXT)) - {"--help", "--nproc-per-node"}
+    scripts = [*ROOT.glob("*.py"), ROOT / "models/cli.py"]
+    code = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    assert sorted(flag for flag in flags if f'"{flag}"' not in code) == []

@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""The tables of README.md, generated from committed CSV files: what stands between `<!-- table: NAME -->` and
+`<!-- end -->` there is what the function of that name returns here.
+
+  python tests/readme_tables.py        (writes them anew; a table whose CSV is missing is named and left as it is)
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TESTS = "tests/benchmarks/results"
+ENGINES = "models/benchmark/results"
+REAL_RUN = "models/unet/results/real-64"
+COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
+SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
+REGIONS = ("WT", "TC", "ET")
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def read(path: str, device: str = "", **wanted: str) -> list[dict]:
+    """The rows of a CSV file that have the `wanted` values. With the name of the column that tells the `device`, only
+    those of the last commit that measured each device: benchmarks append."""
+    with (ROOT / path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if device:
+        last = {row[device]: row["commit"] for row in rows}
+        rows = [row for row in rows if row["commit"] == last[row[device]]]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def instruction_set(device: str) -> str:
+    """One of SETS, from "AMD EPYC (AVX2), 2 threads", "AMD EPYC (avx512_bf16)" or "avx512_bf16"; else the device."""
+    name = (re.findall(r"\(([^()]*)\)", device) or [device])[-1].upper()
+    if "AVX2" in name:
+        return SETS[0]
+    return SETS[1] if "AVX512" in name and "BF16" in name else device
+
+
+def by_set(rows: list[dict], device: str = "device") -> dict[str, list[dict]]:
+    groups = {}
+    for row in rows:
+        groups.setdefault(instruction_set(row[device]), []).append(row)
+    return groups
+
+
+def middle(rows: list[dict], column: str) -> float:
+    return median(float(row[column]) for row in rows)
+
+
+def swinunetr_speed(mode: str, dtype: str) -> list[dict]:
+    """A row per device: our median seconds, and how many times as long MONAI's network takes as it comes, and in its
+    fastest setting."""
+    summary = []
+    for rows in by_set(read(f"{TESTS}/swinunetr_speed_cpu.csv", "device", mode=mode, dtype=dtype)).values():
+        names = {row["network"] for row in rows}
+        medians = {name: middle([row for row in rows if row["network"] == name], "seconds") for name in names}
+        ours, fastest = (min(medians[name] for name in names if name.startswith(whose)) for whose in ("ours", "monai"))
+        summary.append(rows[0] | {"seconds": ours, "monai": medians["monai"] / ours, "fastest": fastest / ours})
+    return summary
+
+
+def counted_gib(size: str, feature_size: str, precision: str) -> dict[str, float]:
+    """The memory of a training step by network: "ours", "monai" and so on; and the commit."""
+    (row,) = read(f"{TESTS}/swinunetr_memory.csv", size=size, feature_size=feature_size, precision=precision)
+    counted = {key.removesuffix(" (counted GiB)"): value for key, value in row.items() if key.endswith("(counted GiB)")}
+    return {name: float(value) for name, value in counted.items()} | {"commit": row["commit"]}
+
+
+def table(header: str, rows: list[list[str]]) -> list[str]:
+    names = header.split(", ")
+    return [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows)]
+
+
+def source(path: str, rows: list[dict]) -> str:
+    """A link to the file, and the commits of the rows that were taken from it."""
+    commits = dict.fromkeys(row["commit"][:7] + "-dirty" * row["commit"].endswith("-dirty") for row in rows)
+    return f"[csv]({path}) " + ", ".join(f"`{commit}`" for commit in commits)
+
+
+def seconds(value: float) -> str:
+    number, unit = (1e3 * value, "ms") if value < 1 else (value, "s")
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {unit}"
+
+
+def dice(row: dict, prefix: str) -> str:
+    return ", ".join(f"{region} {float(row[prefix + region]):.3f}" for region in REGIONS)
+
+
+def both_sets(rows: list[dict], text, device: str = "device") -> list[str]:
+    """A cell for each of SETS: what `text` makes of its rows, or a dash."""
+    groups = by_set(rows, device)
+    return [text(groups[name]) if name in groups else "-" for name in SETS]
+
+
+def timed(work: str, file: str, rows: list[dict], column: str, faster: dict, memory: str = "-", device: str = "device"):
+    """A line of `stages`: medians of a column of seconds, or of ms; `faster` has columns of ratios, and than what."""
+    unit_s, groups = 1e-3 if column.endswith("_ms") else 1, by_set(rows, device)
+    cells = both_sets(rows, lambda some: seconds(unit_s * middle(some, column)), device)
+    measured = [groups[name] for name in SETS if name in groups]
+    ratios = {than: " and ".join(f"**{middle(some, key):.1f}**" for some in measured) for key, than in faster.items()}
+    compared = ", ".join(f"{times} times faster than {than}" for than, times in ratios.items())
+    return [work, *cells, compared or "-", memory, source(f"{TESTS}/{file}", rows)]
+
+
+# ---- the tables ----------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    def took(rows):
+        set_up = f", after {float(rows[-1]['setup_minutes']):.1f} min of set-up" if "setup_minutes" in rows[-1] else ""
+        return f"{float(rows[-1]['minutes']):.1f} min{set_up}"
+
+    demo, tests = read(f"{TESTS}/demo.csv", "device"), read(f"{TESTS}/test_minutes.csv", "device", command="make test")
+    what = "makes synthetic patients, shows one, preprocesses them, trains both networks and compares them"
+    return table(f"command, what it does, {', '.join(SETS)}, source", [
+        ["`make demo`", what, *both_sets(demo, took), source(f"{TESTS}/demo.csv", demo)],
+        ["`make test`", "checks the style and runs the tests", *both_sets(tests, took),
+         source(f"{TESTS}/test_minutes.csv", tests)],
+    ])  # fmt: skip
+
+
+def headlines() -> list[str]:
+    runs = {row["model"]: dice(row, "dice_network_") for row in read(COMPARISON)}
+    config = json.loads((ROOT / REAL_RUN / "config.json").read_text(encoding="utf-8"))
+    trained, tested = (len(config["split"][part]) for part in ("train", "test"))
+    demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
+    lines = [
+        [f"Dice on {tested} real test case{'s' * (tested > 1)}, after training on {trained} at {config['size'][0]}³",
+         f"Swin UNETR: {runs['swinunetr']}", f"U-Net: {runs['unet']}",
+         source(COMPARISON, [{"commit": config["git_commit"]}])],
+        ["Dice on the synthetic test cases of `make demo`", f"Swin UNETR: {dice(demo, 'swinunetr_')}",
+         f"U-Net: {dice(demo, 'unet_')}", source(f"{TESTS}/demo.csv", [demo])],
+    ]  # fmt: skip
+    for work, *cells, faster, _, link in [preprocessing(), *swinunetr()[:2]]:
+        times = ", ".join(f"{name}: {cell}" for name, cell in zip(SETS, cells, strict=True) if cell != "-")
+        lines.append([f"Stage {work}", times, faster, link])
+    names = ("ours", "ours, full", "monai", "monai, use_checkpoint")
+    ours, ours_least, monai, monai_least = (f"{counted[name]:.1f} GiB" for name in names)
+    lines.append(["Memory of a training step of Swin UNETR, 128³, bf16, counted (with checkpointing)",
+                  f"{ours} ({ours_least})", f"MONAI: {monai} ({monai_least})",
+                  source(f"{TESTS}/swinunetr_memory.csv", [counted])])  # fmt: skip
+    path = f"{TESTS}/round_trip.csv"
+    cases = {size: read(path, size=size) for size in ("128", "64")}
+    worst = {size: {name: min(float(row[name]) for row in rows) for name in REGIONS} for size, rows in cases.items()}
+    lines.append([f"Dice of the truth resized to 128³ and back, lowest of {len(cases['64'])} real cases",
+                  dice(worst["128"], ""), f"64³: {dice(worst['64'], '')}", f"[csv]({path})"])  # fmt: skip
+    return table("result, here, comparison, source", lines)
+
+
+def stages() -> list[str]:
+    lines = []
+    for work, column in (("open a case", "open_s"), ("turn the wheel one notch", "notch_ms")):
+        rows = read(f"{TESTS}/viewer_speed.csv", code="now")
+        lines.append(timed(f"1 look: {work}", "viewer_speed.csv", rows, column, {}, device="instruction_set"))
+    lines.append(preprocessing())
+    for work in ("flips, turns", "flips, turns, noise"):
+        rows = read(f"{TESTS}/training_input.csv", "device", work=work, stored="float16 + uint8")
+        rows = [row for row in rows if row["device"].endswith(" 1 threads")]
+        work = f"3 and 4, train: augment a case of 128³ ({work})"
+        lines.append(timed(work, "training_input.csv", rows, "ours_ms", {"monai_over_ours": "MONAI"}))
+    for work, side, batch in (("training step", "64", "1"), ("inference", "96", "1")):
+        wanted = {"network": "unet", "pass": work, "side": side, "batch": batch}
+        rows = read(f"{TESTS}/small_convolutions.csv", "device", **wanted)
+        work = f"{'4 evaluate' if work == 'inference' else '3 train'}: U-Net, {work}, {side}³, batch {batch}"
+        lines.append(timed(work, "small_convolutions.csv", rows, "ours_s", {"times_faster": "torch's convolutions"}))
+    return table(f"stage, {', '.join(SETS)}, comparison, memory, source", [*lines, *swinunetr()])
+
+
+def preprocessing() -> list[str]:
+    cases, file = read(f"{TESTS}/preprocessing_speed.csv", "processor", compact="False"), "preprocessing_speed.csv"
+    memory = f"{max(float(row['worker_peak_gib']) for row in cases):.2f} GiB a worker"
+    work, faster = "2 preprocess: a case to 128³, CPU time", {"monai_over_ours": "MONAI"}
+    return timed(work, file, cases, "ours_cpu_s", faster, memory, "processor")
+
+
+def swinunetr() -> list[list[str]]:
+    lines, faster = [], {"monai": "MONAI", "fastest": "its fastest setting"}
+    memory = {"training": f"{counted_gib('64', '12', 'float32')['ours']:.2f} GiB, counted", "inference": "-"}
+    for work, mode, dtype in (("4 train: Swin UNETR, training step, 64³", "training", "float32"),
+                              ("4 evaluate: Swin UNETR, inference, 96³", "inference", "float32"),
+                              ("4 evaluate: Swin UNETR, inference, 96³", "inference", "bf16")):  # fmt: skip
+        rows, file = swinunetr_speed(mode, dtype), "swinunetr_speed_cpu.csv"
+        lines.append(timed(f"{work}, {dtype}", file, rows, "seconds", faster, memory[mode]))
+    return lines
+
+
+def comparison() -> list[str]:
+    lines = []
+    for row in read(COMPARISON):
+        scores = (row[f"dice_{space}_{region}"] for space in ("network", "native") for region in REGIONS)
+        minutes = f"{float(row['training_minutes']):.1f} min" if row["training_minutes"] else "-"
+        lines.append([row["run"], *(f"{float(score):.3f}" for score in scores), f"{int(row['parameters']) / 1e6:.1f} M",
+                      f"{float(row['gmac']):.1f}", f"{float(row['forward_seconds_per_case']):.2f} s", minutes])
+    native = ", ".join(f"{region} native" for region in REGIONS)
+    return table(f"run, {', '.join(REGIONS)}, {native}, parameters, GMAC, one case, training", lines)
+
+
+def engines() -> list[str]:
+    """For each machine, network and number type, the fastest engine."""
+    lines, tables = [], sorted(path.name for path in (ROOT / ENGINES).glob("inference-*.csv"))
+    if not tables:
+        raise FileNotFoundError(2, "no such file", f"{ENGINES}/inference-*.csv")
+    for name in (name for name in tables if not name.endswith("-profile.csv")):
+        rows = read(f"{ENGINES}/{name}", size="96", batch="1", status="ok")
+        rows = [row for row in rows if row["times_faster_than_monai_eager"] and row["model"] in ("unet", "swinunetr")]
+        latest, best = {(row["model"], row["engine"], row["dtype"]): row for row in rows}, {}
+        for row in sorted(latest.values(), key=lambda row: float(row["p50_ms"])):
+            best.setdefault((row["model"], row["dtype"]), row)
+        for row in sorted(best.values(), key=lambda row: row["model"], reverse=True):
+            spent = [row[f"{stage}_ms"] for stage in ("load", "preprocess", "forward", "postprocess", "write")]
+            p50, floor, faster, gib, first_s, equal = (float(row[key]) for key in (
+                "p50_ms", "floor_ms", "times_faster_than_monai_eager", "peak_gib", "first_use_s", "label_agreement"))
+            lines.append([
+                instruction_set(row["device"]), f"{row['model']}: {row['engine']}, {row['dtype']}", seconds(p50 / 1e3),
+                seconds(floor / 1e3), f"{faster:.1f}", f"{gib:.1f} GiB", f"{first_s:.0f} s", f"{equal:.2%}",
+                seconds(sum(map(float, spent)) / 1e3) if all(spent) else "-", source(f"{ENGINES}/{name}", [row]),
+            ])  # fmt: skip
+    return table("machine, network: engine and number type, median, floor, times faster than MONAI, peak, ready after, "
+                 "equal labels, files to label map, source", lines)  # fmt: skip
+
+
+TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, comparison)}
+
+
+def main() -> str | None:
+    text, missing = README.read_text(encoding="utf-8"), []
+    for opening, name, old, end in BLOCK.findall(text):
+        try:
+            new = "".join(f"{line}\n" for line in TABLES[name]())
+            text = text.replace(opening + old + end, opening + new + end)
+        except FileNotFoundError as error:
+            missing.append(f"README.md, table {name}: {error.filename} is missing.")
+    README.write_text(text, encoding="utf-8")
+    return "\n".join(missing) or None  # goes to stderr, exit status 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
