@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Our Swin UNETR against MONAI's with the same weights: inference and training steps, taking turns in one process.
+"""Our Swin UNETR against MONAI's with the same weights: inference and training steps, taking turns.
 
   python tests/benchmarks/swinunetr_speed.py --csv tests/benchmarks/results/swinunetr_speed_cpu.csv
   python tests/benchmarks/swinunetr_speed.py --device cuda --csv tests/benchmarks/results/swinunetr_speed_cuda.csv
 
 MONAI runs as it comes, with its fused attention (which it has for inference only), with channels-last memory, and on a
-CPU with freed memory kept, which is our own setting (models.device.keep_freed_memory) and helps MONAI even more. In
-bf16 every network runs under autocast and with its weights converted; a processor that only emulates it leaves it out.
-Prints the median time of each, how much longer it takes than ours, and how far its outputs (or, in training, its loss)
-are from ours. Rows are appended to the CSV.
+CPU with freed memory kept, which is our own setting (models.device.keep_freed_memory) and helps MONAI even more: two
+processes, with and without it, take turns. In bf16 every network runs under autocast and with its weights converted; a
+processor that only emulates it leaves it out. Prints the median time of each, how much longer it takes than ours, and
+how far its outputs (or, in training, its loss) are from ours. Rows are appended to the CSV.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import csv
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,7 +31,6 @@ from models.files import git_commit
 from models.losses import make_loss
 
 CHANNELS_LAST = torch.channels_last_3d
-KEPT = ", memory kept"  # as ours has it, see models.device.keep_freed_memory
 TOLERANCE = {"float32": 1e-4, "bf16": 0.2}  # of logits of the order of 1
 WORK = {  # device -> (mode, dtype, side of the cube in voxels, feature size)
     "cpu": (("inference", "float32", 96, 24), ("inference", "bf16", 96, 24), ("training", "float32", 64, 12)),
@@ -37,7 +38,10 @@ WORK = {  # device -> (mode, dtype, side of the cube in voxels, feature size)
 }
 
 
-def make_networks(mode: str, dtype: str, feature_size: int, device) -> dict:
+NETWORKS, OPTIMIZERS = {}, {}  # of one process
+
+
+def make_networks(mode: str, dtype: str, feature_size: int, device, kept: bool) -> dict:
     """(network, whether it takes channels last, whether it runs under autocast) by name; all have the same weights."""
     torch.manual_seed(0)
     state = build_model("swinunetr", feature_size=feature_size).state_dict()
@@ -56,13 +60,13 @@ def make_networks(mode: str, dtype: str, feature_size: int, device) -> dict:
             add(f"{name}, bf16 weights", build(), channels_last)
             made[f"{name}, bf16 weights"] = (made[f"{name}, bf16 weights"][0].bfloat16(), channels_last, False)
 
-    copies(lambda: build_model("swinunetr", feature_size=feature_size), "ours", False)
+    if kept or device.type == "cuda":
+        copies(lambda: build_model("swinunetr", feature_size=feature_size), "ours", False)
     for fused in (False, True) if mode == "inference" else (False,):
         for channels_last in (False, True):
-            name = "monai" + ", fused attention" * fused + ", channels last" * channels_last
-            for kept in ("", KEPT) if device.type == "cpu" else ("",):
-                copies(lambda fused=fused: MonaiSwinUNETR(4, 4, feature_size=feature_size, use_flash_attention=fused),
-                       name + kept, channels_last)  # fmt: skip
+            name = "monai" + ", fused attention" * fused + ", channels last" * channels_last + ", memory kept" * kept
+            copies(lambda fused=fused: MonaiSwinUNETR(4, 4, feature_size=feature_size, use_flash_attention=fused),
+                   name, channels_last)  # fmt: skip
     return made
 
 
@@ -79,31 +83,49 @@ def step(network, image, label, autocast: bool, optimizer):
     return loss.detach()
 
 
-def measure(made: dict, mode: str, size: int, runs: int, device):
-    """Seconds of every run, and the first result, by name; the networks take turns. Images are new in every run."""
-    seconds, first = {name: [] for name in made}, {}
-    optimizers = {
-        name: torch.optim.AdamW(network.parameters(), 1e-5) if mode == "training" else None
-        for name, (network, _, _) in made.items()
-    }
+def prepare(mode: str, dtype: str, feature_size: int, device, kept: bool, threads: int):
+    """Make the networks of this process."""
+    torch.set_num_threads(threads)
+    keep_freed_memory(kept)
+    NETWORKS.update(make_networks(mode, dtype, feature_size, device, kept))
+    for name, (network, _, _) in NETWORKS.items():
+        OPTIMIZERS[name] = torch.optim.AdamW(network.parameters(), 1e-5) if mode == "training" else None
+
+
+def take_turns(mode: str, size: int, run: int, device) -> dict:
+    """Seconds and result of each network of this process, on the same new image."""
+    torch.manual_seed(run)
+    image = torch.randn(1, 4, size, size, size).to(device)
+    label = torch.randint(0, 4, (1, 1, size, size, size)).to(device)
+    measured = {}
     with torch.set_grad_enabled(mode == "training"):
-        for run in range(runs + 1):
-            torch.manual_seed(run)
-            image = torch.randn(1, 4, size, size, size).to(device)
-            label = torch.randint(0, 4, (1, 1, size, size, size)).to(device)
-            for name, (network, channels_last, autocast) in made.items():
-                given = image.to(next(network.parameters()).dtype)
-                given = given.contiguous(memory_format=CHANNELS_LAST) if channels_last else given
-                keep_freed_memory(name.startswith("ours") or KEPT in name)
-                step(network, given, label, autocast, optimizers[name])  # the memory is as it is after other passes
-                synchronise(device)
-                start = time.perf_counter()
-                result = step(network, given, label, autocast, optimizers[name])
-                synchronise(device)
-                if run:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - start)
+        for name, (network, channels_last, autocast) in NETWORKS.items():
+            given = image.to(next(network.parameters()).dtype)
+            given = given.contiguous(memory_format=CHANNELS_LAST) if channels_last else given
+            synchronise(device)
+            start = time.perf_counter()
+            result = step(network, given, label, autocast, OPTIMIZERS[name])
+            synchronise(device)
+            measured[name] = time.perf_counter() - start, result.cpu().numpy() if run == 0 else None
+    return measured
+
+
+def measure(mode: str, dtype: str, size: int, feature_size: int, args, device):
+    """Seconds of every run, and the first result, by name; the processes and their networks take turns."""
+    seconds, first = {}, {}
+    settings = (True, False) if device.type == "cpu" else (False,)  # whether a process keeps freed memory
+    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in settings]
+    for pool, kept in zip(pools, settings, strict=True):
+        pool.submit(prepare, mode, dtype, feature_size, device, kept, args.threads).result()
+    for run in range(args.runs + 1):
+        for pool in pools:
+            for name, (duration, result) in pool.submit(take_turns, mode, size, run, device).result().items():
+                if run:  # the first warms up
+                    seconds.setdefault(name, []).append(duration)
                 else:
                     first[name] = result
+    for pool in pools:
+        pool.shutdown()
     return seconds, first
 
 
@@ -114,7 +136,6 @@ def main():
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each network (default 5)")
     parser.add_argument("--csv", type=Path, help="write every run here")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     machine = device_name(device)
     print(f"{machine}, torch {torch.__version__}, commit {git_commit()}")
@@ -122,13 +143,13 @@ def main():
     for mode, dtype, size, feature_size in WORK[args.device]:
         if dtype == "bf16" and torch.bfloat16 not in native_dtypes(device):
             continue
-        seconds, first = measure(make_networks(mode, dtype, feature_size, device), mode, size, args.runs, device)
+        seconds, first = measure(mode, dtype, size, feature_size, args, device)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         best = min(median for name, median in medians.items() if name.startswith("ours"))
         print(f"\n{mode}, {dtype}, {size}^3 voxels, feature size {feature_size}")
         for name, median in medians.items():
-            distance = (first[name] - first["ours"]).abs().max().item()
-            print(f"{name:46} {median:7.3f} s  {median / best:5.2f} x ours  distance {distance:.1e}")
+            distance = abs(first[name] - first["ours"]).max()
+            print(f"{name:52} {median:7.3f} s  {median / best:5.2f} x ours  distance {distance:.1e}")
             if distance > TOLERANCE[dtype]:
                 sys.exit(f"{name}: the results differ")
             rows += [
