@@ -279,7 +279,7 @@ def test_monais_attention_is_fused_in_a_copy_of_its_class():
     flags = [[module.use_flash_attention for module in network.modules() if hasattr(module, "use_flash_attention")]
              for network in (twin, fused)]  # fmt: skip
     assert flags == [[False] * 4, [True] * 4]
-    image = torch.rand(1, 4, 32, 32, 32)
+    image = torch.rand(1, 4, 32, 64, 32)
     with torch.no_grad():
         torch.testing.assert_close(fused(image), twin(image), rtol=1e-4, atol=1e-4)
 
