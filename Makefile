@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/ready
 	@$(RUN) tests/benchmarks/demo_minutes.py
@@ -19,6 +19,10 @@ demo: .venv/ready
 	@find demo models/*/results/demo -name '*.png' -o -name '*.csv' -o -name 'summary.json' | sort | sed 's/^/  /'
 
 test: .venv/ready-test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -m "not slow"
+
+test-all: .venv/ready-test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 

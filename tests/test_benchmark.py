@@ -170,6 +170,7 @@ def test_the_figures_and_the_profile_are_there(first):
         assert float(row["convolution"]) > float(row["norm"]) > 0 and row["row"].endswith("eager, float32")
 
 
+@pytest.mark.slow
 def test_a_second_run_is_appended_and_adds_the_figure_over_the_batch(first):
     folder, _ = first
     before = len(rows_of(folder))
