@@ -60,8 +60,11 @@ def swinunetr_speed(mode: str, dtype: str) -> list[dict]:
     for rows in by_set(read(f"{TESTS}/swinunetr_speed_cpu.csv", "device", mode=mode, dtype=dtype)).values():
         names = {row["network"] for row in rows}
         medians = {name: middle([row for row in rows if row["network"] == name], "seconds") for name in names}
-        ours, fastest = (min(medians[name] for name in names if name.startswith(whose)) for whose in ("ours", "monai"))
-        summary.append(rows[0] | {"seconds": ours, "monai": medians["monai"] / ours, "fastest": fastest / ours})
+        ours = min(medians[name] for name in names if name.startswith("ours"))
+        kept = min(medians[name] for name in names if name.startswith("monai") and "memory kept" in name)
+        fastest = min(medians[name] for name in names if name.startswith("monai") and "memory kept" not in name)
+        ratios = {"monai": medians["monai"] / ours, "fastest": fastest / ours, "kept": kept / ours}
+        summary.append(rows[0] | {"seconds": ours} | ratios)
     return summary
 
 
@@ -180,13 +183,15 @@ def preprocessing() -> list[str]:
 
 
 def swinunetr() -> list[list[str]]:
-    lines, faster = [], {"monai": "MONAI", "fastest": "its fastest setting"}
+    faster = {"monai": "MONAI", "fastest": "its fastest setting", "kept": "that with our way of keeping memory"}
+    lines = []
     memory = {"training": f"{counted_gib('64', '12', 'float32')['ours']:.2f} GiB, counted", "inference": "-"}
     for work, mode, dtype in (("4 train: Swin UNETR, training step, 64³", "training", "float32"),
                               ("4 evaluate: Swin UNETR, inference, 96³", "inference", "float32"),
                               ("4 evaluate: Swin UNETR, inference, 96³", "inference", "bf16")):  # fmt: skip
         rows, file = swinunetr_speed(mode, dtype), "swinunetr_speed_cpu.csv"
-        lines.append(timed(f"{work}, {dtype}", file, rows, "seconds", faster, memory[mode]))
+        if rows:  # a machine that only emulates bf16 leaves it out
+            lines.append(timed(f"{work}, {dtype}", file, rows, "seconds", faster, memory[mode]))
     return lines
 
 
