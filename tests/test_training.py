@@ -368,6 +368,13 @@ def test_a_size_that_the_network_cannot_halve_is_refused_with_one_that_it_can(ra
         train(tmp_path / "out", tmp_path, "--epochs", 1)
 
 
+@pytest.mark.parametrize(("network", "config", "side"), [("unet", {}, 16), ("swinunetr", {"window_size": 17}, 32)])
+def test_a_size_that_is_too_small_for_the_network_is_refused_with_the_smallest_that_fits(network, config, side):
+    with pytest.raises(InputError, match=f"DATA: cases of {side} x .* Preprocess with --size {2 * side} or more"):
+        refuse_unfit_size(network, config, [side] * 3, "DATA")
+    refuse_unfit_size(network, config, [2 * side] * 3, "DATA")
+
+
 def test_two_processes_train_as_one_though_their_clocks_differ(tensors, tmp_path):
     """Started by torchrun: both see all cases between them and write one run, whose name they agree upon."""
     copy_of_the_code(tmp_path)
