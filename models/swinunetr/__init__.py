@@ -22,8 +22,8 @@ SIZE_MULTIPLE = 32  # five halvings
 def smallest_side(config: dict) -> tuple[int, str]:
     """Voxels that a side of a volume must have at least, and why."""
     # No block would fill a larger window, or shift it.
-    return 2 * config["window_size"], (
-        f"a window of {config['window_size']} tokens of 2 voxels must fit in (--window-size)")
+    window = config["window_size"]
+    return 2 * window, f"a window of {window} tokens of 2 voxels must fit in (--window-size)"
 
 
 def build(**config):
