@@ -1,0 +1,125 @@
+"""The cases that are scored, one at a time and read ahead: preprocessed or raw ones, and what they must fit."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.brats import Case, read_case, read_label, to_training_labels
+from models.dataset import load_case
+from models.errors import InputError
+from models.preprocessing import to_network
+
+
+@dataclass(frozen=True)
+class Item:
+    """A case in memory: in network space, and the truth in native space as well. Truths are training labels."""
+
+    name: str
+    image: torch.Tensor  # [4, D, H, W]
+    label: torch.Tensor | None  # uint8 [D, H, W]
+    geometry: dict
+    scheme: str  # of the raw label values
+    truth: np.ndarray | None  # uint8 [X, Y, Z]
+
+
+def read_ahead(
+    names: Iterable[str], read: Callable[[str], Item], failures: dict[str, str] | None = None
+) -> Iterator[Item]:
+    """What `read` makes of each name. While one is in use, the next is being read: no more than two are in memory.
+
+    An InputError goes into `failures` (name -> reason) and the others go on; without `failures` it is raised.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read, names[0]) if names else None
+        for name, next_name in zip(names, [*names[1:], None], strict=True):
+            current, following = following, reader.submit(read, next_name) if next_name else None
+            try:
+                item = current.result()
+            except InputError as error:
+                if failures is None:
+                    raise
+                failures[name] = str(error)
+            else:
+                yield item
+
+
+def prepared_item(path: Path, seg: Path | None) -> Item:
+    """The preprocessed case in a `.pt` file; its truth in native space is read from `seg`, if that is given."""
+    case = load_case(path)
+    if "label" not in case:
+        raise InputError(f"{path}: has no label, so it cannot be scored.")
+    truth = None
+    if seg:
+        raw, affine = read_label(seg)
+        geometry = case["geometry"]
+        if list(raw.shape) != geometry["native_shape"] or not np.allclose(affine, geometry["affine"], atol=1e-2):
+            raise InputError(f"{seg}: its grid is not the one that {path} was made from. Preprocess the cases again.")
+        truth = to_training_labels(raw, case["label_scheme"], seg)
+    label = case["label"][0].to(torch.uint8)
+    return Item(case["case"], case["image"], label, case["geometry"], case["label_scheme"], truth)
+
+
+def raw_item(case: Case, preprocessing: dict, scheme: str) -> Item:
+    """A raw case, prepared as a run wants it (`Run.preprocessing`); with or without segmentation."""
+    volumes = read_case(case)
+    truth = to_training_labels(volumes.label, scheme, case.files["seg"][0]) if case.labelled else None
+    result = to_network(volumes.image, truth, volumes.affine, **preprocessing)
+    label = result["label"][0].to(torch.uint8) if case.labelled else None
+    return Item(case.name, result["image"], label, result["geometry"], scheme, truth)
+
+
+def segmentations(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dict[str, Path]:
+    """Case -> the segmentation that its tensor in `data` was made with, found among raw cases. InputError where it is
+    missing, or any file of the case has another size than when the tensor was made."""
+    entries = json.loads((data / "manifest.json").read_text())["cases"]
+    found = {}
+    for name in names:
+        if name not in raw:
+            raise InputError(f"--raw has no case {name}. Give the raw cases that {data} was made from.")
+        if not raw[name].labelled:
+            raise InputError(f"{raw[name].source_files[0].parent}: case {name} has no segmentation, so it cannot be "
+                             "scored on its own grid. Add it, or give --space network.")  # fmt: skip
+        made_from = entries.get(name, {}).get("sources", {})
+        for path in raw[name].source_files:
+            if made_from.get(path.name, path.stat().st_size) != path.stat().st_size:
+                raise InputError(f"{path}: not the file that {data / name}.pt was made from (its size differs). "
+                                 "Preprocess the cases again.")  # fmt: skip
+        found[name] = raw[name].files["seg"][0]
+    return found
+
+
+# ---- label maps that another program made --------------------------------------------------------------------------
+
+
+def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Case -> its label map `<case>.nii.gz` (or .nii) in a folder. InputError for missing and extra ones."""
+    if not folder.is_dir():
+        raise InputError(f"--predictions {folder}: no such folder.")
+    files = {path.name.split(".nii")[0]: path for path in sorted(folder.glob("[!.]*.nii*"))}
+    names = set(names)
+    missing, extra = sorted(names - files.keys()), sorted(files.keys() - names)
+    for kind, found, advice in (
+        ("no label map of", missing, "Give every labelled raw case one, or name with --data and --split which to score"),
+        ("label maps of unknown cases:", extra, "Remove them, or give the raw cases that they belong to"),
+    ):
+        if found:
+            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise InputError(f"{folder}: {kind} {shown}. {advice}.")
+    return {name: files[name] for name in sorted(names)}
+
+
+def read_prediction(path: Path, case: Case, scheme: str, truth: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Training labels [X, Y, Z] of a label map file. InputError unless it is on the grid of its case."""
+    label, its_affine = read_label(path)
+    if label.shape != truth.shape:
+        raise InputError(f"{path}: shape {label.shape}, but {case.name} has {truth.shape}. Save it on the raw grid.")
+    if not np.allclose(its_affine, affine, atol=1e-2):
+        raise InputError(f"{path}: its affine differs from that of the raw files of {case.name}. Save it on the raw "
+                         "grid.")  # fmt: skip
+    return to_training_labels(label, scheme, path)
