@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, native_axes, occupied_box, spacing_of, to_ras
+from models.brats import MODALITIES, REGION_CHANNELS, native_axes, occupied_box, spacing_of, to_ras
 from models.errors import InputError
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1
+LABELS_OF_REGIONS = {"WT": 2, "TC": 1, "ET": 3}  # what a voxel of a region is, each overriding those before it
 SLAB, COLUMNS = 16, 1024  # planes and columns that are interpolated at a time: what a core's cache holds
 
 
@@ -114,12 +115,18 @@ def to_native(volume: torch.Tensor, geometry: dict) -> torch.Tensor:
 
 
 def label_map(probabilities: torch.Tensor) -> torch.Tensor:
-    """The most probable class uint8 [...] of [C, ...], the lowest where two are equal.
+    """Training labels uint8 [...] of probabilities [C, ...].
 
-    A running maximum takes a CPU a seventh of the time of argmax over the slowest axis.
+    Of four classes the most probable, the lowest where two are equal. Of the three regions TC, WT, ET those over 0.5:
+    ED where only WT is, NCR where TC is, ET where ET is.
     """
+    label = torch.zeros_like(probabilities[0], dtype=torch.uint8)
+    if len(probabilities) == len(REGION_CHANNELS):
+        for region, value in LABELS_OF_REGIONS.items():
+            label.masked_fill_(probabilities[REGION_CHANNELS.index(region)] > 0.5, value)
+        return label
+    # A running maximum takes a CPU a seventh of the time of argmax over the slowest axis.
     best = probabilities[0].clone()
-    label = torch.zeros_like(best, dtype=torch.uint8)
     for value, channel in enumerate(probabilities[1:], start=1):
         label.masked_fill_(channel > best, value)
         torch.maximum(best, channel, out=best)
@@ -129,8 +136,8 @@ def label_map(probabilities: torch.Tensor) -> torch.Tensor:
 def native_label_map(probabilities: torch.Tensor, geometry: dict) -> torch.Tensor:
     """`label_map(to_native(probabilities, geometry))`, uint8 [X, Y, Z], without the work where there is no tumour.
 
-    Where background is most probable in all eight voxels around a point, it is so in every mixture of them. Only the
-    points whose neighbours reach the box around the other voxels have to be computed.
+    Where background is most probable (or no region over 0.5) in all eight voxels around a point, it is so in every
+    mixture of them. Only the points whose neighbours reach the box around the other voxels have to be computed.
     """
     axes = native_axes(geometry["affine"])
     result = probabilities.new_zeros([geometry["native_shape"][axis] for axis in axes], dtype=torch.uint8)
