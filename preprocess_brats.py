@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Turn raw BraTS cases (NIfTI) into tensors (.pt) once, so that training never waits for a file format.
 
-Per case: reorient to RAS, resample to 1 mm, each modality to 0-1, crop to the head, resize to a cube, labels to 0-3.
+Per case: reorient to RAS, resample to 1 mm, each modality to 0-1 (or z-scores), crop to the head, resize to a cube,
+labels to 0-3.
 A case that is done with the same settings is skipped, so an interrupted run goes on where it stopped.
 
   python preprocess_brats.py data/BraTS2021_Training_Data data/preprocessed_tensors
@@ -37,6 +38,9 @@ def arguments():
                         help="folder for the tensors, manifest.json and splits.json")
     parser.add_argument("--size", type=cli.positive_int, default=128, help="side of the cube in voxels")
     parser.add_argument("--spacing", type=cli.positive_float, default=1.0, help="voxel size in mm before the crop")
+    parser.add_argument("--normalize", choices=("percentile", "zscore"), default="percentile",
+                        help="each modality to 0-1 between two percentiles of its non-zero voxels, or to mean 0 and "
+                             "standard deviation 1 over these")
     parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
                         help="what the raw label values mean, where the file names do not say")
     parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
@@ -65,7 +69,8 @@ def main() -> int:
     shard = choose_shard(args.shard)
     found = find_cases(args.raw)[: args.limit]
     schemes = describe(found, args.raw, args.labels)
-    settings = {"version": VERSION, "size": args.size, "spacing_mm": args.spacing, "compact": args.compact}
+    settings = {"version": VERSION, "size": args.size, "spacing_mm": args.spacing, "compact": args.compact,
+                "normalize": args.normalize}  # fmt: skip
     run = {"settings": settings, "cases": len(found), "labels": schemes, "seed": args.seed, "folds": args.folds}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +153,8 @@ def process_case(case, scheme: str, out: Path, settings: dict) -> dict:
     label = volumes.label
     if label is not None:
         label = to_training_labels(label, scheme, case.files["seg"][0])
-    result = to_network(volumes.image, label, volumes.affine, settings["size"], settings["spacing_mm"])
+    kept = {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
+    result = to_network(volumes.image, label, volumes.affine, **kept)
     result |= {"case": case.name, "modalities": list(MODALITIES), "label_scheme": scheme}
     path = out / f"{case.name}.pt"
     return {
