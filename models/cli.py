@@ -118,7 +118,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
     data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
     data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
-    data.add_argument("--noise-sd", type=positive_float, default=0.1, help="of that noise; images go from 0 to 1")
+    data.add_argument("--noise-sd", type=positive_float, default=0.1,
+                      help="of that noise; an image goes from 0 to 1 or, where it was preprocessed with --normalize "
+                           "zscore, has the standard deviation 1")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")

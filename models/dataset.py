@@ -121,13 +121,17 @@ def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = _manifest(data)
     sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
-    identity = [manifest["settings"], sums]
+    # Before there was a choice of "normalize", the settings did not name it: the same data keep their checksum.
+    settings = {k: value for k, value in manifest["settings"].items() if (k, value) != ("normalize", "percentile")}
+    identity = [settings, sums]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def spacing_of_cases(data: str | Path) -> float:
-    """The --spacing that a data set was preprocessed with, in mm."""
-    return _manifest(data)["settings"]["spacing_mm"]
+def preprocessing_of_cases(data: str | Path) -> dict:
+    """How the cases of a data set were made, as `preprocessing.to_network` takes it: size (of the cube in voxels, None
+    for the crop as it is), spacing_mm, normalize."""
+    settings = {"normalize": "percentile"} | _manifest(data)["settings"]
+    return {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
 
 
 def _manifest(data: str | Path) -> dict:

@@ -173,11 +173,13 @@ def _read(path: Path) -> dict | None:
     """A manifest as it was written; None where there is none, or another shard has just removed it."""
     try:
         manifest = json.loads(path.read_text())
-        if isinstance(manifest["cases"], dict) and (manifest.get("settings") or manifest["run"]["settings"]):
+        settings = manifest.get("settings") or manifest["run"]["settings"]
+        if isinstance(manifest["cases"], dict) and settings:
+            settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
             return manifest
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         pass
     print(f"{path} cannot be read: its cases are made again.")
     return None

@@ -1,6 +1,8 @@
 """The .pt file, splits and the order of cases."""
 
+import hashlib
 import json
+import shutil
 from itertools import chain
 from types import SimpleNamespace
 
@@ -16,6 +18,8 @@ from models.dataset import (
     choose_workers,
     epoch_order,
     load_case,
+    manifest_checksum,
+    preprocessing_of_cases,
     read_split,
 )
 from models.errors import InputError
@@ -41,6 +45,37 @@ def test_compact_files_are_smaller_and_load_as_float32_and_int64(raw, tensors, t
     assert small["image"].dtype == torch.float32 and small["label"].dtype == torch.int64
     assert torch.allclose(small["image"], full["image"], atol=1e-3) and torch.equal(small["label"], full["label"])
     assert path.stat().st_size < 0.45 * (tensors / path.name).stat().st_size
+
+
+def test_data_of_before_the_choice_of_a_normalization_are_the_same_data(raw, tensors, tmp_path):
+    """They keep their checksum, and the script finds them done."""
+    shutil.copytree(tensors, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old/manifest.json").read_text())
+    assert manifest["settings"].pop("normalize") == "percentile"
+    (tmp_path / "old/manifest.json").write_text(json.dumps(manifest))
+    assert manifest_checksum(tmp_path / "old") == manifest_checksum(tensors)
+    assert preprocessing_of_cases(tmp_path / "old") == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
+    result = run_script("preprocess_brats.py", raw, "old", "--size", 32, cwd=tmp_path)
+    assert "12 cases are done already, 0 to do" in result.stdout
+    assert json.loads((tmp_path / "old/manifest.json").read_text())["settings"]["normalize"] == "percentile"
+    assert manifest_checksum(tmp_path / "old") == manifest_checksum(tensors)
+
+
+def test_the_checksum_of_data_of_before_the_choice_is_what_it_was(tmp_path):
+    settings = {"version": 2, "size": 128, "spacing_mm": 1.0, "compact": False}
+    manifest = {"settings": settings, "cases": {"a": {"crc32": "01234567"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    identity = '[{"compact": false, "size": 128, "spacing_mm": 1.0, "version": 2}, {"a": "01234567"}]'
+    assert manifest_checksum(tmp_path) == hashlib.sha256(identity.encode()).hexdigest()
+
+
+def test_z_scores_are_other_data(raw, tensors, tmp_path):
+    shutil.copytree(tensors, tmp_path / "data")
+    flags = ["--size", 32, "--normalize", "zscore", "--limit", 3]
+    result = run_script("preprocess_brats.py", raw, "data", *flags, cwd=tmp_path)
+    assert "other settings (normalize percentile, now zscore)" in result.stdout
+    assert preprocessing_of_cases(tmp_path / "data")["normalize"] == "zscore"
+    assert load_case(tmp_path / "data/BraTS2021_00000.pt")["image"].min() < 0
 
 
 def spoiled(tmp_path, tensors, **changes):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LPS, make_head
+from monai.transforms import NormalizeIntensity
 
 from models.brats import TARGETS, find_cases, read_case, to_training_labels
 from models.errors import InputError
@@ -167,6 +168,48 @@ def test_the_window_of_intensities_is_that_of_numpy_percentile(dtype):
         voxels = volume.astype(dtype)
         expected = np.percentile(voxels[voxels != 0], (0.5, 99.5))
         assert intensity_window(torch.from_numpy(voxels)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_z_scores_are_those_of_monai_over_the_foreground_of_each_modality(dtype):
+    image = raw_intensities().astype(dtype)
+    result = to_network(image, None, np.eye(4), size=None, normalize="zscore")
+    (x0, x1), (y0, y1), (z0, z1) = result["geometry"]["crop_box"]
+    expected = NormalizeIntensity(nonzero=True, channel_wise=True)(image.astype(np.float32))
+    assert np.allclose(result["image"], expected[:, x0:x1, y0:y1, z0:z1], atol=1e-4)
+    assert not result["image"].numpy()[image[:, x0:x1, y0:y1, z0:z1] == 0].any()
+
+
+def test_the_intensities_that_became_0_and_1_are_the_mean_and_one_standard_deviation_above():
+    image = raw_intensities()
+    normalization = to_network(image, None, np.eye(4), size=24, normalize="zscore")["normalization"]
+    for modality, volume in zip(("t1", "t1ce", "t2", "flair"), image, strict=True):
+        foreground = volume[volume != 0].astype(float)
+        expected = foreground.mean(), foreground.mean() + foreground.std()
+        assert normalization[modality] == pytest.approx(expected, rel=1e-12)
+
+
+def test_z_scores_are_resized_like_the_other_intensities():
+    image, _ = head()
+    crop = to_network(image, None, np.eye(4), size=None, normalize="zscore")["image"]
+    linear = torch.nn.functional.interpolate(crop[None], size=(32, 32, 32), mode="trilinear")[0]
+    result = to_network(image, None, np.eye(4), size=32, normalize="zscore")["image"]
+    assert torch.allclose(result, linear, atol=1e-5) and result.min() < 0 and result.max() > 1
+
+
+def test_z_scores_do_not_depend_on_the_spacing():
+    image, _ = head()
+    expected = to_network(image, None, np.eye(4), size=None, normalize="zscore")
+    result = to_network(image, None, np.diag([1.3, 1.3, 2.0, 1.0]), size=None, normalize="zscore")
+    assert result["normalization"] == expected["normalization"]
+    inside, before = (r["image"][0][r["image"][0] != 0] for r in (result, expected))
+    assert float(inside.mean()) == pytest.approx(float(before.mean()), abs=0.05)
+
+
+def test_one_intensity_has_no_z_scores():
+    for dtype in (np.int16, np.float32):
+        with pytest.raises(InputError, match="one intensity"):
+            to_network(np.full((4, 8, 8, 8), 7.3).astype(dtype), None, np.eye(4), normalize="zscore")
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])

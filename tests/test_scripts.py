@@ -268,7 +268,8 @@ def test_training_writes_the_whole_run(trained):
     for picture in ("training_plots.png", "test_prediction_overlay.png"):
         assert np.asarray(Image.open(trained / RUN / picture).convert("L")).std() > 5
     opened = open_run(trained / RUN)
-    assert (opened.size, opened.spacing_mm) == ([32, 32, 32], 1.0)
+    assert opened.size == [32, 32, 32]
+    assert opened.preprocessing == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
 
 
 def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):

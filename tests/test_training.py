@@ -328,11 +328,20 @@ def test_a_lock_of_another_machine_is_not_taken_over(tmp_path):
 
 def test_a_run_is_opened_by_its_folder_or_a_checkpoint_in_it(begun, tensors):
     run = open_run(begun / RUN)
-    assert (run.name, run.network, run.size, run.spacing_mm) == ("test", "unet", [32, 32, 32], 1.0)
+    assert (run.name, run.network, run.size) == ("test", "unet", [32, 32, 32])
+    assert run.preprocessing == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
     assert run.config["channels"] == list(SMALL["channels"]) and run.amp == "off"
     assert run.split == read_split(tensors, 1) and run.data.samefile(tensors)
     last = open_run(begun / RUN / "last.pt")
     assert last == replace(run, checkpoint=begun / RUN / "last.pt", epoch=2)
+
+
+def test_a_run_of_before_the_choice_of_a_normalization_was_trained_on_scaled_cubes(begun, tmp_path):
+    shutil.copytree(begun / RUN, tmp_path / "old")
+    record = json.loads((tmp_path / "old/config.json").read_text())
+    del record["preprocessing"]
+    (tmp_path / "old/config.json").write_text(json.dumps(record | {"spacing_mm": 1.5}))
+    assert open_run(tmp_path / "old").preprocessing == {"size": 32, "spacing_mm": 1.5, "normalize": "percentile"}
 
 
 def test_a_checkpoint_can_be_opened_without_its_folder(begun, tmp_path):
