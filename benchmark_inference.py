@@ -39,7 +39,7 @@ def arguments():
     parser.add_argument("--max-seconds", type=cli.positive_float, default=10,
                         help="a row's time for its passes: when it is over there are fewer, but 5 at least")
     parser.add_argument("--case", type=Path, help="a raw case: time the way from its files to a label map on disk too")
-    parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
+    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
                         help="what the label values of that case mean, if its file names do not say")
     parser.add_argument("--profile", action="store_true", help="where the time goes, before and after: tables, traces")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from models import cli
 from models.errors import InputError
+from models.files import portable
 from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
 VERSION = 2  # of the preprocessing itself: raise it when the same settings would give other tensors
@@ -34,7 +35,7 @@ def arguments():
     parser.add_argument("--normalize", choices=("percentile", "zscore"), default="percentile",
                         help="each modality to 0-1 between two percentiles of its non-zero voxels, or to mean 0 and "
                              "standard deviation 1 over these")
-    parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
+    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
                         help="what the raw label values mean, where the file names do not say")
     parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
                         help="processes; each takes less than 0.6 GiB of memory")
@@ -89,6 +90,7 @@ def main() -> int:
                    if manifest_path(args.out, shard).exists() else "Another has put all of them together."))
             return 0
         manifest, failures = merged
+    manifest["raw"] = portable(args.raw)  # where an evaluation finds the truth
     splits = finish(args.out, manifest, failures, args.seed, args.folds)
     report(manifest, failures, splits, found, args.out)
     return 3 if failures else 0

@@ -30,7 +30,7 @@ def arguments():
     predicted.add_argument("--prediction", type=Path, metavar="NIFTI",
                            help="a predicted label map on the grid of the case to start at")
     predicted.add_argument("--run", type=Path, help="folder of a trained run, or its checkpoint: segment with it")
-    parser.add_argument("--labels", choices=("brats2021", "brats2023", "brats2024", "msd"),
+    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
                         help="what the raw label values mean, if the file names do not say")
     parser.add_argument("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="plane to start in")
     parser.add_argument("--slice", type=cli.natural, help="slice to start at, counted from the patient's inferior, "

@@ -76,9 +76,7 @@ class Case:
 
     @property
     def patient(self) -> str:
-        """Two visits of one patient share this; cases that carry no visit number are their own patient."""
-        visit = re.fullmatch(r"(BraTS-.+-\d{4,5})-\d{3}|(Brats1[789]_.+)_\d+", self.name, re.IGNORECASE)
-        return (visit[1] or visit[2]) if visit else self.name
+        return patient_of(self.name)
 
     @property
     def labelled(self) -> bool:
@@ -131,6 +129,12 @@ def occupied_box(volume: np.ndarray) -> list[tuple[int, int]]:
         occupied = np.flatnonzero(line)
         box.append((int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0))
     return box
+
+
+def patient_of(case: str) -> str:
+    """The patient of a case's name: two visits of one share it; a name without a visit number is that of a patient."""
+    visit = re.fullmatch(r"(BraTS-.+-\d{4,5})-\d{3}|(Brats1[789]_.+)_\d+", case, re.IGNORECASE)
+    return (visit[1] or visit[2]) if visit else case
 
 
 # ---- finding cases -------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from models.errors import InputError
 
+LABEL_SCHEMES = ("brats2021", "brats2023", "brats2024", "msd")  # of models.brats, which takes time to import
+
 
 def run(main):
     """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable command or input (one

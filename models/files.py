@@ -28,6 +28,12 @@ def write_csv(path: Path, rows: list[dict]):
     write_atomically(path, table.getvalue())
 
 
+def portable(path: Path) -> str:
+    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def git_commit() -> str | None:
     """The commit of the code that runs, with "-dirty" when tracked files were changed; None outside a repository."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]

@@ -23,7 +23,7 @@ from models.brats import MODALITIES
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
 from models.errors import InputError, one_line
-from models.files import ROOT, git_commit, write_atomically
+from models.files import ROOT, git_commit, portable, write_atomically
 
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
@@ -50,6 +50,7 @@ class Run:
     data: Path | None
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
+    fold: int | None  # of its data, that it was validated on
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ def open_run(path: str | Path) -> Run:
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
+        fold=record.get("arguments", {}).get("fold"),
     )
 
 
@@ -273,7 +275,7 @@ def write_record(
           f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
           f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {arguments['batch_size']}).")
     data = arguments["data"]
-    arguments = arguments | {"data": _portable(data), "run_name": folder.name}
+    arguments = arguments | {"data": portable(data), "run_name": folder.name}
     circumstances = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
@@ -307,12 +309,6 @@ def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
     said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
     print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
     return {"after_epoch": after_epoch, "changed": changed}
-
-
-def _portable(path: Path) -> str:
-    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from models.evaluation.cases import (
     read_prediction,
     segmentations,
 )
-from models.evaluation.plan import Entry, Part, plan, plan_raw, refuse_other_preprocessing, refuse_trained_on, trained_on
+from models.evaluation.plan import Entry, Part, input_shape, plan, plan_raw, refuse_other_preprocessing, refuse_trained_on, trained_on
 from models.evaluation.scoring import Job
 from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
@@ -60,7 +60,7 @@ class Work:
     """What is to be done: entries of the tables, their networks, and how a case of an entry is read."""
 
     entries: list[Entry]
-    networks: dict[Run, torch.nn.Module]
+    networks: dict[Path, torch.nn.Module]  # by their checkpoints
     read: Callable[[Part, str], Item]
 
 
@@ -94,7 +94,7 @@ def of_runs(options: Options, device: torch.device) -> Work:
         return raw_item(raw[name], part.runs[0].preprocessing, options.labels or raw[name].layout)
 
     # All networks before the first case: damaged weights must not cost an hour.
-    networks = {run: load_model(run.checkpoint, device)[0] for run in dict.fromkeys(r for e in entries for r in e.runs)}
+    networks = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}
     return Work(entries, networks, read)
 
 
@@ -117,8 +117,9 @@ def jobs_of(work: Work, options: Options, device: torch.device, failures: dict[s
             folder = folder / entry.name
         for part in entry.parts:
             for run in part.runs:
-                members[run] = members.get(run) or ready(run, work.networks[run], options, device)
-            together, seen = [members[run] for run in part.runs], trained_on(part)
+                if run.checkpoint not in members:
+                    members[run.checkpoint] = ready(run, work.networks[run.checkpoint], input_shape(part), options, device)
+            together, seen = [members[run.checkpoint] for run in part.runs], trained_on(part)
             threshold_ml = small_et_ml(part, together, work, options, device) if options.small_et else 0.0
             read = partial(work.read, part)
             for item in read_ahead(part.cases, read, failures if options.cases else None):
@@ -132,11 +133,11 @@ def jobs_of(work: Work, options: Options, device: torch.device, failures: dict[s
                 )
 
 
-def ready(run: Run, network: torch.nn.Module, options: Options, device: torch.device) -> Member:
+def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device: torch.device) -> Member:
     """A run's network, or the engine made of it, as its record wants it to be used; the first pass is over."""
     dtype = inference_dtype(options.amp, run.amp, device)
-    member = member_of(run, choose_engine(network, options.engine, dtype, run.size[0], device), dtype)
-    predict_all([member], torch.zeros(4, *run.size, device=device))  # slower than all others: not timed
+    member = member_of(run, choose_engine(network, options.engine, dtype, shape[-1], device), dtype)
+    predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all others: not timed
     return member if options.overlap is None else replace(member, overlap=options.overlap)
 
 

@@ -11,7 +11,6 @@ from models.errors import InputError
 from models.runs import Run
 
 ENSEMBLE = "ensemble"
-DEFAULT_DATA = Path("data/preprocessed_tensors")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Entry:
 
     @property
     def runs(self) -> list[Run]:
-        return list(dict.fromkeys(run for part in self.parts for run in part.runs))
+        return list({run.checkpoint: run for part in self.parts for run in part.runs}.values())
 
 
 # ---- names and folds -----------------------------------------------------------------------------------------------
@@ -137,9 +136,10 @@ def choose_cases(runs: list[Run], data: Path | None, split: str) -> tuple[Path, 
     runs that differ in them."""
     chosen = []
     for run in runs:
-        if run.imported:
-            raise InputError(f"{run.folder}: imported weights have no cases of their own. Name some with --cases.")
-        folder = data or run.data or DEFAULT_DATA
+        if not (data or run.data):
+            raise InputError(f"{run.folder}: does not say which cases it was trained on. Name some with --data or "
+                             "--cases.")  # fmt: skip
+        folder = data or run.data
         checksum = manifest_checksum(folder)
         if run.data_sha256 not in (checksum, None):
             print(f"Note: {folder} is not what {run.folder} was trained on (its manifest differs).")
@@ -193,9 +193,11 @@ def refuse_other_preprocessing(entries: list[Entry]):
 
 
 def input_shape(part: Part) -> tuple[int, ...]:
-    """[1, 4, D, H, W] of one pass of its networks."""
+    """[1, 4, D, H, W] of one pass of a part's networks."""
     if size := part.runs[0].size:
         return (1, 4, *size)
+    if part.data is None:
+        raise InputError(f"{part.runs[0].folder / 'config.json'}: does not say for which size the network was trained.")
     return (1, *load_case(part.data / f"{part.cases[0]}.pt", as_stored=True)["image"].shape)
 
 
