@@ -20,7 +20,7 @@ FLOORS = [
     {"brats", "manifest", "preprocessing", "cohort", "dataset", "augment", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "cost", "metrics", "plots"},
+    {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},
     {"inference"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},
