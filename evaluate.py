@@ -43,8 +43,8 @@ def main() -> int:
     from models import evaluation
     from models.brats import find_cases
     from models.device import choose_device
-    from models.metrics import compare, summarise
     from models.runs import load_model, open_run
+    from models.statistics import compare, summarise
 
     if args.ensemble and len(args.runs) < 2:
         raise InputError("--ensemble: name two runs or more.")

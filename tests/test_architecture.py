@@ -20,8 +20,8 @@ FLOORS = [
     {"brats", "manifest", "preprocessing", "dataset", "augment", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "cost", "metrics", "plots"},
-    {"inference"},
+    {"losses", "runs", "training", "cost", "metrics", "statistics", "plots"},
+    {"inference", "score_plots", "report"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},
 ]
