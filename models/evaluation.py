@@ -21,9 +21,10 @@ from models.errors import InputError
 from models.inference.engines import choose_engine
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target, mean_label_dice, volumes_per_target
-from models.plots import paired_dice, prediction_overlay
+from models.plots import prediction_overlay
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run
+from models.score_plots import paired_dice
 
 ENSEMBLE = "ensemble"
 

@@ -18,6 +18,23 @@ RESAMPLES = 5000  # they place the ends of an interval to within 4 % of the stan
 BINS = 10  # of equal width, for the reliability of probabilities
 
 
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def main_rows(rows: list[dict]) -> list[dict]:
+    """The rows that figures and rankings are made of: those of native space, where there are any."""
+    return [row for row in rows if row["space"] == "native"] or rows
+
+
+def mean_region_dice(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """run -> case -> mean Dice of WT, TC and ET, of rows of one space: what ranks cases from worst to best."""
+    dice = {}
+    for row in rows:
+        if row["target"] in REGIONS:
+            dice.setdefault(row["run"], {}).setdefault(row["case"], []).append(row["dice"])
+    return {run: {case: sum(scores) / len(scores) for case, scores in cases.items()} for run, cases in dice.items()}
+
+
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 
@@ -124,15 +141,6 @@ def holm(p_values: list[float]) -> list[float]:
     corrected = np.empty(len(p_values))
     corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
     return corrected.tolist()
-
-
-def mean_region_dice(rows: list[dict], space: str) -> dict[str, dict[str, float]]:
-    """run -> case -> mean Dice of WT, TC and ET in one space: what ranks cases from worst to best."""
-    dice = {}
-    for row in rows:
-        if row["space"] == space and row["target"] in REGIONS:
-            dice.setdefault(row["run"], {}).setdefault(row["case"], []).append(row["dice"])
-    return {run: {case: sum(all_) / len(all_) for case, all_ in cases.items()} for run, cases in dice.items()}
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from models.statistics import (
     compare_runs,
     describe,
     holm,
+    main_rows,
     mean_interval,
     mean_region_dice,
     reliability_counts,
@@ -25,6 +26,20 @@ def row(run="a", case="1", target="WT", space="native", empty="", **measures):
 
 def rows(run, dice, **fixed):
     return [row(run, case, dice=value, **fixed) for case, value in dice.items()]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_ranked_by_the_mean_of_the_regions_alone():
+    table = [row(target=target, dice=dice)
+             for target, dice in {"WT": 0.9, "TC": 0.6, "ET": 0.3, "NCR": 0.0, "ED": 0.0}.items()]  # fmt: skip
+    assert mean_region_dice(table) == {"a": {"1": pytest.approx(0.6)}}
+
+
+def test_figures_are_of_native_space_where_it_was_scored():
+    network, native = row(space="network", dice=0.5), row(space="native", dice=0.6)
+    assert main_rows([network, native]) == [native] and main_rows([network]) == [network] and main_rows([]) == []
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -85,13 +100,6 @@ def test_how_often_a_rule_decided_is_counted_by_which_mask_was_empty():
 
 def test_no_rows_give_no_summary():
     assert summarise([]) == {}
-
-
-def test_cases_are_ranked_by_the_mean_of_the_regions_alone():
-    table = [row(target=target, dice=dice)
-             for target, dice in {"WT": 0.9, "TC": 0.6, "ET": 0.3, "NCR": 0.0, "ED": 0.0}.items()]  # fmt: skip
-    table.append(row(target="WT", space="network", dice=0.0))
-    assert mean_region_dice(table, "native") == {"a": {"1": pytest.approx(0.6)}}
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------
