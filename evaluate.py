@@ -11,8 +11,8 @@ row of the tables, every case being scored by the run that has not seen it.
   python evaluate.py models/unet/results/RUN
   python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble --tta
   python evaluate.py models/unet/results/fold0 models/unet/results/fold1 models/unet/results/fold2
-  python evaluate.py models/unet/results/RUN --cases FOLDER --save-nifti predictions   (any raw cases, with or without truth)
-  python evaluate.py --predictions OTHER --raw data/BraTS2021_Training_Data   (label maps <case>.nii.gz of another program)
+  python evaluate.py models/unet/results/RUN --cases FOLDER --save-nifti predictions   (raw cases, truth or no truth)
+  python evaluate.py --predictions FOLDER --raw data/BraTS2021_Training_Data           (<case>.nii.gz of another program)
 """
 
 import sys
@@ -55,7 +55,7 @@ def arguments():
     cli.add_engine_argument(how)
     out = parser.add_argument_group("output")
     out.add_argument("--save-nifti", type=Path, metavar="DIR",
-                     help="write the predictions here on the original grid, as <case>.nii.gz; several runs: a folder each")
+                     help="write the predictions here on the original grid as <case>.nii.gz; of several runs, a folder each")
     out.add_argument("--label-values", choices=cli.LABEL_SCHEMES,
                      help="label values of these files (default: as in the original data set)")
     out.add_argument("--out", type=Path,
@@ -78,11 +78,11 @@ def main() -> int:
     out = args.out or default_out(args, work)
     out.mkdir(parents=True, exist_ok=True)
     for entry in work.entries if args.save_nifti else ():
-        jobs.nifti_folder(options, work, entry).mkdir(parents=True, exist_ok=True)
+        jobs.nifti_folder(options, work.entries, entry).mkdir(parents=True, exist_ok=True)
     count = sum(len(entry.cases) for entry in work.entries)
     processes = min(args.workers, count // 4)  # each takes seconds to start
     kept = defaultdict(list)
-    for each in tqdm(scored(jobs.jobs_of(work, options, device, failures), processes), total=count, unit="case"):
+    for each in tqdm(scored(jobs.jobs_of(work, failures if args.cases else None), processes), total=count, unit="case"):
         kept[each.run].append(each)
     summary = outputs.write_all(out, work, kept, options, failures)
     print_tables(summary)
@@ -110,7 +110,7 @@ def refuse_flags(args):
 def default_out(args, work) -> Path:
     if args.predictions:
         return Path("evaluation")
-    kind = "cases" if args.cases else args.split or ("cross-validation" if work.cross_validated else "test")
+    kind = "cases" if args.cases else args.split or ("test" if len(work.entries[0].parts) == 1 else "cross-validation")
     return work.entries[0].runs[0].folder / f"evaluation-{kind}"
 
 
@@ -145,7 +145,8 @@ def print_scores(targets: dict):
     shown = [column for column in columns if any(column in measures for measures in targets.values())]
     print("     " + "".join(f"{columns[column]:>24}" for column in shown))
     for target, measures in targets.items():
-        cells = (f"{measures[c]['mean']:.4f}{interval(measures[c]['interval'])}" if c in measures else "-" for c in shown)
+        said = [measures.get(column) for column in shown]
+        cells = [f"{one['mean']:.4f}{interval(one['interval'])}" if one else "-" for one in said]
         print(f"{target:5}" + "".join(f"{cell:>24}" for cell in cells))
 
 

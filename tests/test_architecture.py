@@ -16,11 +16,12 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
            "benchmark_inference"]  # fmt: skip
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
-    {"errors", "files", "cli", "device", "timing"},
+    {"errors", "files", "cli", "device", "timing", "page"},
     {"brats", "manifest", "preprocessing", "cohort", "dataset", "augment", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},
+    {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "statistics", "plots", "panels",
+     "score_plots", "report"},
     {"inference"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from monai.metrics import compute_confusion_matrix_metric, compute_dice, get_confusion_matrix
 
-from models.metrics import compare, confusion, dice_per_target, mean_label_dice, score_case, volumes_per_target
+from models.metrics import confusion, dice_per_target, mean_label_dice, score_case, volumes_per_target
 
 # ---- one case ------------------------------------------------------------------------------------------------------
 
@@ -122,21 +122,3 @@ def test_volumes_are_overlap_predicted_true():
     counts = confusion(torch.tensor([3, 3, 0, 2]), torch.tensor([3, 0, 0, 1]))
     assert volumes_per_target(counts)["ET"] == (1, 2, 1)
     assert volumes_per_target(counts)["WT"] == (2, 3, 2)
-
-
-# ---- tables of scores ----------------------------------------------------------------------------------------------
-
-
-def rows(run, dice):
-    return [{"run": run, "case": case, "space": "network", "target": "WT", "dice": d} for case, d in dice.items()]
-
-
-def test_runs_are_compared_pair_by_pair_whatever_the_order_of_their_rows():
-    zeros = {str(case): 0.0 for case in range(1, 6)}
-    table = rows("b", {"5": 0.9, "4": 0.7, "3": 0.5, "2": 0.3, "1": 0.1}) + rows("a", zeros)
-    (compared,) = compare(table, "a", "b")
-    assert compared["mean_difference"] == pytest.approx(0.5) and compared["cases"] == 5
-    # All of five differences are positive: exactly 2 of the 2^5 equally likely signs are as extreme.
-    assert compared["wilcoxon_p"] == pytest.approx(2 / 32)
-    assert compare(table, "b", "a")[0]["mean_difference"] == pytest.approx(-0.5)
-    assert compare(table + rows("c", zeros), "a", "c")[0]["wilcoxon_p"] == 1

@@ -1,1 +1,1 @@
-"""Scoring trained runs: what is scored on which cases, the cases, the scores, and the pictures and pages made of them."""
+"""Scoring: what is scored on which cases, the cases, their scores, and the pictures and pages made of them."""

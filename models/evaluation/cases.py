@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.brats import Case, read_case, read_label, to_training_labels
+from models.brats import Case, read_case, read_label, to_ras, to_training_labels
 from models.dataset import load_case
 from models.errors import InputError
 from models.preprocessing import to_network
@@ -105,7 +105,7 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     names = set(names)
     missing, extra = sorted(names - files.keys()), sorted(files.keys() - names)
     for kind, found, advice in (
-        ("no label map of", missing, "Give every labelled raw case one, or name with --data and --split which to score"),
+        ("no label map of", missing, "Give one for every labelled raw case, or say with --data which to score"),
         ("label maps of unknown cases:", extra, "Remove them, or give the raw cases that they belong to"),
     ):
         if found:
@@ -114,12 +114,22 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: files[name] for name in sorted(names)}
 
 
-def read_prediction(path: Path, case: Case, scheme: str, truth: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Training labels [X, Y, Z] of a label map file. InputError unless it is on the grid of its case."""
-    label, its_affine = read_label(path)
-    if label.shape != truth.shape:
-        raise InputError(f"{path}: shape {label.shape}, but {case.name} has {truth.shape}. Save it on the raw grid.")
-    if not np.allclose(its_affine, affine, atol=1e-2):
-        raise InputError(f"{path}: its affine differs from that of the raw files of {case.name}. Save it on the raw "
+def item_on_its_grid(case: Case, scheme: str) -> Item:
+    """A raw case as it is: the grid of the original files, with its axes in RAS order, is its network space."""
+    volumes = read_case(case)
+    truth = to_training_labels(volumes.label, scheme, case.files["seg"][0])
+    image, label = (np.ascontiguousarray(to_ras(volume, volumes.affine)) for volume in (volumes.image, truth[None]))
+    geometry = {"affine": volumes.affine.tolist(), "native_shape": list(truth.shape)}
+    return Item(case.name, torch.from_numpy(image), torch.from_numpy(label[0]), geometry, scheme, truth)
+
+
+def read_prediction(path: Path, item: Item, scheme: str) -> np.ndarray:
+    """Training labels [X, Y, Z] of a label map file. InputError unless it is on the grid of the raw files."""
+    label, affine = read_label(path)
+    shape = tuple(item.geometry["native_shape"])
+    if label.shape != shape:
+        raise InputError(f"{path}: shape {label.shape}, but {item.name} has {shape}. Save it on the raw grid.")
+    if not np.allclose(affine, item.geometry["affine"], atol=1e-2):
+        raise InputError(f"{path}: its affine differs from that of the raw files of {item.name}. Save it on the raw "
                          "grid.")  # fmt: skip
     return to_training_labels(label, scheme, path)

@@ -2,35 +2,47 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.brats import Case, find_cases, read_case, to_ras, to_training_labels
-from models.dataset import load_case, read_manifest
+from models.brats import find_cases, spacing_of, to_ras
+from models.dataset import read_manifest, read_split
 from models.device import inference_dtype, synchronise
 from models.errors import InputError
 from models.evaluation.cases import (
     Item,
     find_predictions,
+    item_on_its_grid,
     prepared_item,
     raw_item,
     read_ahead,
     read_prediction,
     segmentations,
 )
-from models.evaluation.plan import Entry, Part, input_shape, plan, plan_raw, refuse_other_preprocessing, refuse_trained_on, trained_on
+from models.evaluation.plan import (
+    Entry,
+    Part,
+    input_shape,
+    plan,
+    plan_raw,
+    refuse_other_preprocessing,
+    refuse_trained_on,
+    trained_on,
+)
 from models.evaluation.scoring import Job
-from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
 from models.inference.engines import choose_engine
-from models.inference.predict import Member, member_of, predict_all, without_small_et
+from models.inference.predict import Member, member_of, predict_all
 from models.losses import region_probabilities
+from models.panels import case_panel
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run, load_model, open_run
+from models.statistics import reliability_counts
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Options:
     """What evaluate.py was asked for; the flags of the same names say more of each."""
 
     runs: list[Path]
+    predictions: list[Path]
     split: str | None
     data: Path | None
     raw: Path | None
@@ -57,83 +70,96 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: entries of the tables, their networks, and how a case of an entry is read."""
+    """What is to be done: the entries of the tables, how a case of one is read, and what becomes of it."""
 
     entries: list[Entry]
-    networks: dict[Path, torch.nn.Module]  # by their checkpoints
     read: Callable[[Part, str], Item]
+    predict: Callable[[Entry, Part, Item], Job]
+    networks: dict[Path, torch.nn.Module] = field(default_factory=dict)  # by their checkpoints
+    members: dict[Path, Member] = field(default_factory=dict)  # these, ready to run; filled as they are needed
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------
+def jobs_of(work: Work, failures: dict[str, str] | None) -> Iterator[Job]:
+    """Every case of every entry, predicted. With `failures` (name -> reason) a case that cannot be read is left out and
+    goes in there."""
+    for entry in work.entries:
+        for part in entry.parts:
+            for item in read_ahead(part.cases, partial(work.read, part), failures):
+                yield work.predict(entry, part, item)
+
+
+def item_of(work: Work, entry: Entry, case: str) -> Item:
+    return work.read(next(part for part in entry.parts if case in part.cases), case)
+
+
+# ---- trained runs --------------------------------------------------------------------------------------------------
 
 
 def of_runs(options: Options, device: torch.device) -> Work:
-    """What is to be done for some runs. Everything is checked: InputError for cases that are missing, files that the
-    tensors were not made from, weights that are damaged, patients that a run was trained on."""
+    """InputError for cases that are missing, files that the tensors were not made from, weights that are damaged, and
+    patients that a run was trained on."""
     runs = [open_run(path) for path in options.runs]
     raw = {case.name: case for case in find_cases(options.cases)} if options.cases else {}
     entries = (plan_raw(runs, list(raw), options.ensemble) if options.cases
                else plan(runs, options.data, options.split, options.ensemble))  # fmt: skip
-    parts = [part for entry in entries for part in entry.parts]
     if not options.allow_trained_on:
         refuse_trained_on(entries)
     refuse_other_preprocessing(entries)
-    if options.small_et and any(len(entry.parts) > 1 for entry in entries):
-        raise InputError("--small-et: its volume comes from the validation cases, and those are what cross-validation "
-                         "scores. Evaluate the folds with --split test.")  # fmt: skip
-    sources = {}
-    if not options.cases and options.space == "native":
-        for data in {part.data for part in parts}:
-            names = {case for part in parts if part.data == data for case in part.cases}
-            found = {case.name: case for case in find_cases(options.raw or recorded_raw(data))}
-            sources |= {(data, name): path for name, path in segmentations(data, sorted(names), found).items()}
+    sources = _sources(entries, options.raw) if options.space == "native" and not options.cases else {}
 
     def read(part: Part, name: str) -> Item:
         if part.data:
             return prepared_item(part.data / f"{name}.pt", sources.get((part.data, name)))
         return raw_item(raw[name], part.runs[0].preprocessing, options.labels or raw[name].layout)
 
+    def predict(entry: Entry, part: Part, item: Item) -> Job:
+        for run in part.runs:
+            if run.checkpoint not in members:  # an engine takes time to make
+                network = networks[run.checkpoint]
+                members[run.checkpoint] = ready(run, network, input_shape(part), options, device)
+        job = predicted(item, [members[run.checkpoint] for run in part.runs], options, device)
+        folder = nifti_folder(options, entries, entry)
+        return replace(
+            job,
+            run=entry.name,
+            trained_on=item.name in trained_on(part),
+            nifti=folder and folder / f"{item.name}.nii.gz",
+            scheme=options.label_values or item.scheme,
+        )
+
     # All networks before the first case: damaged weights must not cost an hour.
-    networks = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}
-    return Work(entries, networks, read)
+    networks, members = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}, {}
+    return Work(entries, read, predict, networks, members)
+
+
+def _sources(entries: list[Entry], raw: Path | None) -> dict[tuple[Path, str], Path]:
+    """(data, case) -> the original segmentation."""
+    names = {}
+    for part in (part for entry in entries for part in entry.parts):
+        names.setdefault(part.data, set()).update(part.cases)
+    sources = {}
+    for data, cases in names.items():
+        found = {case.name: case for case in find_cases(raw or recorded_raw(data))}
+        sources |= {(data, name): path for name, path in segmentations(data, sorted(cases), found).items()}
+    return sources
 
 
 def recorded_raw(data: Path) -> Path:
     """The folder of raw cases that a data set was made from."""
     raw = read_manifest(data).get("raw")
     if raw is None or not (ROOT / raw).is_dir():
-        raise InputError(f"{data}: the raw cases that it was made from are not at {raw or 'a place that it names'}. Say "
-                         "where with --raw, or give --space network.")  # fmt: skip
+        where = f"not at {raw}" if raw else "not recorded"
+        raise InputError(f"{data}: the raw cases that it was made from are {where}. Say where they are with --raw, or "
+                         "give --space network.")  # fmt: skip
     return ROOT / raw
 
 
-def jobs_of(work: Work, options: Options, device: torch.device, failures: dict[str, str]) -> Iterator[Job]:
-    """Predict every case of the work. Raw cases that cannot be read (--cases) are left out and go into `failures`
-    (name -> reason)."""
-    members = {}  # an engine takes time to make: each when it is first needed
-    for entry in work.entries:
-        folder = options.save_nifti
-        if folder and len(work.entries) > 1:
-            folder = folder / entry.name
-        for part in entry.parts:
-            for run in part.runs:
-                if run.checkpoint not in members:
-                    members[run.checkpoint] = ready(run, work.networks[run.checkpoint], input_shape(part), options, device)
-            together, seen = [members[run.checkpoint] for run in part.runs], trained_on(part)
-            threshold_ml = small_et_ml(part, together, work, options, device) if options.small_et else 0.0
-            read = partial(work.read, part)
-            for item in read_ahead(part.cases, read, failures if options.cases else None):
-                job = predicted(item, together, options, device, threshold_ml)
-                yield replace(
-                    job,
-                    run=entry.name,
-                    trained_on=item.name in seen,
-                    nifti=folder and folder / f"{item.name}.nii.gz",
-                    scheme=options.label_values or item.scheme,
-                )
+def nifti_folder(options: Options, entries: list[Entry], entry: Entry) -> Path | None:
+    """Where the predictions of an entry go: a folder for each where there are several."""
+    return options.save_nifti and (options.save_nifti / entry.name if len(entries) > 1 else options.save_nifti)
 
 
-def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device: torch.device) -> Member:
+def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device) -> Member:
     """A run's network, or the engine made of it, as its record wants it to be used; the first pass is over."""
     dtype = inference_dtype(options.amp, run.amp, device)
     member = member_of(run, choose_engine(network, options.engine, dtype, shape[-1], device), dtype)
@@ -141,80 +167,67 @@ def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: O
     return member if options.overlap is None else replace(member, overlap=options.overlap)
 
 
-def predicted(item: Item, members: list[Member], options: Options, device: torch.device, small_et_ml: float) -> Job:
-    """One item through its networks. An enhancing tumour smaller than `small_et_ml` becomes NCR."""
+def predicted(item: Item, members: list[Member], options: Options, device: torch.device) -> Job:
+    """One item through its networks."""
     start = time.perf_counter()
     probabilities, spread = predict_all(members, item.image.to(device), options.tta)
     synchronise(device)
     seconds = time.perf_counter() - start
-    grid_mm = network_spacing_mm(item.geometry)
-    in_network = without_small_et(label_map(probabilities), grid_mm, small_et_ml).cpu().numpy()
-    native = None
-    if options.space == "native" or options.save_nifti:
-        native_mm = np.linalg.norm(np.array(item.geometry["affine"])[:3, :3], axis=0).tolist()
-        native = native_label_map(probabilities, item.geometry)
-        native = without_small_et(native, native_mm, small_et_ml).cpu().numpy()
-    counts = None
-    if item.label is not None:
-        counts = reliability_counts(region_probabilities(probabilities).cpu().numpy(), item.label.numpy())
-    label = None if item.label is None else item.label.numpy()
-    return Job(
+    in_network, label = label_map(probabilities).cpu().numpy(), as_array(item.label)
+    spacing_mm = network_spacing_mm(item.geometry)
+    job = Job(
         case=item.name,
-        space=options.space,
-        prediction=native if options.space == "native" else in_network,
-        truth=item.truth if options.space == "native" else label,
-        spacing_mm=native_mm if options.space == "native" else grid_mm,
-        native=native,
-        network_prediction=in_network,
-        network_truth=label,
+        space="network",
+        prediction=in_network,
+        truth=label,
+        spacing_mm=spacing_mm,
+        panel=case_panel(item.image.numpy(), in_network, label, as_array(spread), spacing_mm),
+        shown=in_network,
         geometry=item.geometry,
-        panel=case_panel(item.image.numpy(), in_network, label, None if spread is None else spread.cpu().numpy(), grid_mm),
         seconds=seconds,
-        reliability=counts,
     )
+    if item.label is not None:
+        regions = region_probabilities(probabilities).cpu().numpy()
+        job = replace(job, reliability=reliability_counts(regions, label))
+    if options.space == "native" or options.save_nifti:
+        job = replace(job, native=native_label_map(probabilities, item.geometry).cpu().numpy())
+    if options.space == "native":
+        affine_mm = np.linalg.norm(np.array(item.geometry["affine"])[:3, :3], axis=0).tolist()
+        job = replace(job, space="native", prediction=job.native, truth=item.truth, spacing_mm=affine_mm,
+                      network_truth=label)  # fmt: skip
+    return job
 
 
-def small_et_ml(part: Part, members: dict, options: Options, device: torch.device) -> float:
-    """The volume of --small-et: that which is best on the validation cases of the runs, in the space of the scores."""
-    ...
+def as_array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.cpu().numpy()
 
 
 # ---- label maps of another program ---------------------------------------------------------------------------------
 
 
-def of_label_maps(folders: list[Path], options: Options) -> tuple[list[Entry], Iterator[Job]]:
-    """The entries of the tables for folders of label maps, named after them, and their jobs. They are scored on the
-    labelled cases of --raw, or on those of --data and --split."""
+def of_label_maps(options: Options) -> Work:
+    """Folders of label maps, called after them, scored on the labelled cases of --raw or on those of --data and
+    --split. InputError for missing and extra label maps."""
     raw = {case.name: case for case in find_cases(options.raw) if case.labelled}
-    names = sorted(raw)
-    if options.data:
-        names = read_split(options.data)[options.split or "test"]
-        if missing := [name for name in names if name not in raw]:
-            raise InputError(f"{options.raw}: has no labelled case {missing[0]}, which is to be scored.")
-    if len({folder.resolve().name for folder in folders}) < len(folders):
+    names = read_split(options.data)[options.split or "test"] if options.data else sorted(raw)
+    if missing := [name for name in names if name not in raw]:
+        raise InputError(f"{options.raw}: has no labelled case {missing[0]}, which is to be scored.")
+    folders = {folder.resolve().name: folder for folder in options.predictions}
+    if len(folders) < len(options.predictions):
         raise InputError("--predictions: two folders have the same name, which is what the tables call them.")
-    entries = [Entry(folder.resolve().name, f"{options.split or 'all'} cases", (Part((), tuple(names), None),))
-               for folder in folders]  # fmt: skip
-    files = {entry.name: find_predictions(folder, names) for entry, folder in zip(entries, folders, strict=True)}
-    return entries, _foreign_jobs(entries, files, raw, options)
+    split = f"{options.split or 'test'} cases" if options.data else "raw cases"
+    files = {name: find_predictions(folder, names) for name, folder in folders.items()}
 
+    def read(part: Part, name: str) -> Item:
+        return item_on_its_grid(raw[name], options.labels or raw[name].layout)
 
-def _foreign_jobs(entries, files: dict[str, dict[str, Path]], raw: dict[str, Case], options: Options) -> Iterator[Job]:
-    for entry in entries:
-        for name in entry.cases:
-            case = raw[name]
-            volumes, scheme = read_case(case), options.labels or case.layout
-            truth = to_training_labels(volumes.label, scheme, case.files["seg"][0])
-            values = options.label_values or scheme
-            prediction = read_prediction(files[entry.name][name], case, values, truth, volumes.affine)
-            image, in_ras, truth_in_ras = (to_ras(volume, volumes.affine) for volume in
-                                           (volumes.image, prediction[None], truth[None]))  # fmt: skip
-            yield Job(
-                run=entry.name,
-                case=name,
-                space="native",
-                prediction=prediction,
-                truth=truth,
-                spacing_mm=np.linalg.norm(volumes.affine[:3, :3], axis=0).tolist(),
-                panel=case_panel(image, in_ras[0], truth_in_ras[0], None, spacing_of(volumes.affine)),
-            )
+    def predict(entry: Entry, part: Part, item: Item) -> Job:
+        prediction = read_prediction(files[entry.name][item.name], item, options.label_values or item.scheme)
+        affine = np.array(item.geometry["affine"])
+        shown, spacing_mm = to_ras(prediction[None], affine)[0], spacing_of(affine)
+        panel = case_panel(item.image.numpy(), shown, item.label.numpy(), None, spacing_mm)
+        affine_mm = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        return Job(item.name, "native", prediction, item.truth, affine_mm, panel, shown, run=entry.name)
+
+    entries = [Entry(name, split, (Part((), tuple(names), None),)) for name in folders]
+    return Work(entries, read, predict)

@@ -32,11 +32,11 @@ class Job:
     truth: np.ndarray | None  # in `space`
     spacing_mm: list[float]  # along the axes of these
     panel: bytes  # its picture, a JPEG
+    shown: np.ndarray  # the prediction [D, H, W] with RAS axes, for other pictures
     run: str = ""
     trained_on: bool = False
-    geometry: dict | None = None  # None where there is no network space
-    network_prediction: np.ndarray | None = None  # [D, H, W]
-    network_truth: np.ndarray | None = None
+    geometry: dict | None = None
+    network_truth: np.ndarray | None = None  # [D, H, W]; the way back from network space is scored as well
     native: np.ndarray | None = None  # the prediction [X, Y, Z]
     nifti: Path | None = None  # where that is to be written
     scheme: str = ""  # of the label values in it
@@ -52,7 +52,7 @@ class Scored:
     case: str
     rows: list[dict]  # of per_case.csv
     panel: bytes
-    packed: bytes | None  # the prediction in network space: see `unpack`
+    packed: bytes  # the prediction with RAS axes: see `unpack`
     seconds: float | None
     reliability: np.ndarray | None
 
@@ -77,19 +77,19 @@ def score(job: Job) -> Scored:
     """Score one predicted case, and write its label map."""
     rows = []
     if job.truth is not None:
-        ceiling = ceiling_dice(job) if job.space == "native" and job.network_truth is not None else {}
+        ceiling = {} if job.network_truth is None else ceiling_dice(job)
         for target, columns in score_case(job.prediction, job.truth, job.spacing_mm).items():
             keys = {"run": job.run, "case": job.case, "space": job.space, "target": target}
             rows.append(keys | columns | {"ceiling_dice": ceiling.get(target), "trained_on": job.trained_on})
     if job.nifti:
         write_label_nifti(job.nifti, to_raw_labels(job.native, job.scheme), np.array(job.geometry["affine"]))
-    packed = None if job.network_prediction is None else pack(job.network_prediction)
-    return Scored(job.run, job.case, rows, job.panel, packed, job.seconds, job.reliability)
+    return Scored(job.run, job.case, rows, job.panel, pack(job.shown), job.seconds, job.reliability)
 
 
 def ceiling_dice(job: Job) -> dict[str, float]:
     """target -> Dice of the truth itself after the way to network space and back, as a certain prediction would go."""
-    certain = one_hot(torch.from_numpy(job.network_truth).long(), len(LABELS) + 1).movedim(-1, 0).float()  # [4, D, H, W]
+    certain = one_hot(torch.from_numpy(job.network_truth).long(), len(LABELS) + 1)  # [D, H, W, 4]
+    certain = certain.movedim(-1, 0).float()
     back = native_label_map(certain, job.geometry)
     return dice_per_target(confusion(back, torch.from_numpy(job.truth)))
 
