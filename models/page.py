@@ -115,7 +115,7 @@ def table(caption: str, columns: list[str], rows: list[list[str]], names: int = 
     )
     content = tag("caption", caption), tag("thead", tag("tr", *head)), tag("tbody", *body)
     return tag("div", tag("table", *content, **{"class": "sort"} if sort else {}),
-               class_="scroll", tabindex=0, role="region", aria_label=caption)  # fmt: skip
+               class_="scroll", tabindex=0, role="group", aria_label=caption)  # fmt: skip
 
 
 def figure(picture: bytes, caption: str, kind: str = "") -> Html:

@@ -206,7 +206,7 @@ def _run(run: str, spaces: dict, sheet: Path | None) -> Html:
         shown = table(f"{run} in {SPACES[space]}", columns, rows, names=2)
         parts.append(tag("details", tag("summary", f"All measures in {space} space"), shown))
     if sheet:
-        parts.append(figure(sheet.read_bytes(), f"Cases of {run}", "wide"))
+        parts.append(figure(sheet.read_bytes(), f"Contact sheet of {run}", "wide"))
     return join(parts)
 
 
