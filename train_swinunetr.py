@@ -8,6 +8,8 @@ tensors take 5.5 GiB at 128x128x128 in bf16 (counted); evaluate.py compares the 
   python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
   python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (3.0 GiB, slower)
   torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
+  python train_swinunetr.py DATA --patch 128 --regions                       (as in the paper; DATA preprocessed with
+                                                                              --size native --normalize zscore)
   python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit
                                                                               8: a minute on a CPU)
 """

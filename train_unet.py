@@ -6,6 +6,7 @@ test_results.csv and test_prediction_overlay.png.
 
   python train_unet.py data/preprocessed_tensors                        (one GPU; or the CPU, slowly)
   torchrun --nproc-per-node 4 train_unet.py data/preprocessed_tensors   (several GPUs)
+  python train_unet.py DATA --patch 128 --regions                       (DATA preprocessed with --size native)
   python train_unet.py DATA --epochs 3 --run-name first                 (DATA preprocessed with --size 64 --limit 8:
                                                                          a minute on a CPU)
 """
