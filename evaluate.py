@@ -12,7 +12,7 @@ row of the tables, every case being scored by the run that has not seen it.
   python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble --tta
   python evaluate.py models/unet/results/fold0 models/unet/results/fold1 models/unet/results/fold2
   python evaluate.py models/unet/results/RUN --cases FOLDER --save-nifti predictions   (raw cases, truth or no truth)
-  python evaluate.py --predictions FOLDER --raw data/BraTS2021_Training_Data           (<case>.nii.gz of another program)
+  python evaluate.py --predictions FOLDER --raw data/BraTS2021_Training_Data   (label maps <case>.nii.gz of any program)
 """
 
 import sys
@@ -55,7 +55,8 @@ def arguments():
     cli.add_engine_argument(how)
     out = parser.add_argument_group("output")
     out.add_argument("--save-nifti", type=Path, metavar="DIR",
-                     help="write the predictions here on the original grid as <case>.nii.gz; of several runs, a folder each")
+                     help="write the predictions here on the original grid, as <case>.nii.gz; several runs get a "
+                          "folder each")
     out.add_argument("--label-values", choices=cli.LABEL_SCHEMES,
                      help="label values of these files (default: as in the original data set)")
     out.add_argument("--out", type=Path,

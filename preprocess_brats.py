@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Turn raw BraTS cases (NIfTI) into tensors (.pt) once, so that training never waits for a file format.
 
-Per case: reorient to RAS, resample to 1 mm, each modality to 0-1 (or z-scores), crop to the head, resize to a cube,
-labels to 0-3.
-A case that is done with the same settings is skipped, so an interrupted run goes on where it stopped.
+Per case: reorient to RAS, resample to 1 mm, each modality to 0-1 (or z-scores), crop to the head, resize to a cube (or
+not), labels to 0-3. A case that is done with the same settings is skipped, so an interrupted run goes on where it
+stopped.
 
   python preprocess_brats.py data/BraTS2021_Training_Data data/preprocessed_tensors
   python preprocess_brats.py RAW OUT --compact --workers 8    (19 MB a case instead of 50)
   python preprocess_brats.py RAW OUT --shard 0/4              (a quarter of the cases; the others elsewhere)
+  python preprocess_brats.py RAW OUT --size native            (1 mm as it is, for a training with --patch 128)
   python preprocess_brats.py RAW OUT --limit 8 --size 64      (a first look, in a minute on any computer)
 """
 
 import os
 import shutil
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from models import cli
@@ -22,6 +24,7 @@ from models.files import portable
 from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
 VERSION = 2  # of the preprocessing itself: raise it when the same settings would give other tensors
+NATIVE_MM3 = 3.4e6  # of a head after the crop: the largest of 12 cases of BraTS, whose mean is 3.2e6
 
 
 def arguments():
@@ -30,7 +33,9 @@ def arguments():
                         help="folder with the raw cases, in any BraTS or MSD Task01 layout")
     parser.add_argument("out", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="OUT",
                         help="folder for the tensors, manifest.json and splits.json")
-    parser.add_argument("--size", type=cli.positive_int, default=128, help="side of the cube in voxels")
+    parser.add_argument("--size", type=cube_side, default=128,
+                        help="side of the cube in voxels; native: the crop keeps its own size, and a training takes "
+                             "patches of it (--patch)")
     parser.add_argument("--spacing", type=cli.positive_float, default=1.0, help="voxel size in mm before the crop")
     parser.add_argument("--normalize", choices=("percentile", "zscore"), default="percentile",
                         help="each modality to 0-1 between two percentiles of its non-zero voxels, or to mean 0 and "
@@ -44,8 +49,21 @@ def arguments():
     parser.add_argument("--shard", metavar="I/N", help="do only every N-th case from the I-th on, counted from 0; the "
                         "last shard to finish merges them (default: RANK and WORLD_SIZE of torchrun)")
     parser.add_argument("--seed", type=cli.natural, default=0, help="of the split into train, validation and test")
+    parser.add_argument("--test-share", type=share_of_test, default=0.1,
+                        help="of the patients, for the test; 0: no test cases, every patient is in a fold")
     parser.add_argument("--folds", type=cli.positive_int, default=5, help="cross-validation folds")
     return parser.parse_args()
+
+
+def cube_side(text: str) -> int | None:
+    return None if text == "native" else cli.positive_int(text)
+
+
+def share_of_test(text: str) -> float:
+    share = cli.fraction(text)
+    if share > 0.8:
+        raise ArgumentTypeError(f"{text} leaves too few patients to train on; 0.8 is the most")
+    return share
 
 
 def usable_cpus() -> int:
@@ -63,7 +81,8 @@ def main() -> int:
     schemes = cohort.describe(found, args.raw, args.labels)
     settings = {"version": VERSION, "size": args.size, "spacing_mm": args.spacing, "compact": args.compact,
                 "normalize": args.normalize}  # fmt: skip
-    run = {"settings": settings, "cases": len(found), "labels": schemes, "seed": args.seed, "folds": args.folds}
+    division = {"seed": args.seed, "folds": args.folds, "test_share": args.test_share}
+    run = {"settings": settings, "cases": len(found), "labels": schemes, **division}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,7 +110,7 @@ def main() -> int:
             return 0
         manifest, failures = merged
     manifest["raw"] = portable(args.raw)  # where an evaluation finds the truth
-    splits = finish(args.out, manifest, failures, args.seed, args.folds)
+    splits = finish(args.out, manifest, failures, **division)
     report(manifest, failures, splits, found, args.out)
     return 3 if failures else 0
 
@@ -106,7 +125,8 @@ def choose_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def refuse_full_disk(args, count: int):
-    needed = count * args.size**3 * (4 * 2 + 1 if args.compact else 4 * 4 + 8)
+    voxels = args.size**3 if args.size else NATIVE_MM3 / args.spacing**3
+    needed = count * voxels * (4 * 2 + 1 if args.compact else 4 * 4 + 8)
     free = shutil.disk_usage(args.out).free
     if needed > free:
         raise InputError(f"{args.out}: {count} cases need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
