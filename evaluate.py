@@ -144,11 +144,11 @@ def print_scores(targets: dict):
         "lesion2026_dice": "BraTS 2026", "lesion2023_dice": "BraTS 2023",
     }  # fmt: skip
     shown = [column for column in columns if any(column in measures for measures in targets.values())]
-    print("     " + "".join(f"{columns[column]:>24}" for column in shown))
+    print("     " + "".join(f"{columns[column]:>26}" for column in shown))
     for target, measures in targets.items():
         said = [measures.get(column) for column in shown]
         cells = [f"{one['mean']:.4f}{interval(one['interval'])}" if one else "-" for one in said]
-        print(f"{target:5}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{target:5}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def interval(ends) -> str:

@@ -22,8 +22,9 @@ PREPROCESSING = {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
 
 
 def run(name: str, fold: int | None = None, network="unet", data_sha256="1", split=SPLIT) -> Run:
-    return Run(name, Path(name), Path(name, "best.pt"), network, {}, 1, "off", [32] * 3, PREPROCESSING, Path("data"),
-               data_sha256, split, fold)  # fmt: skip
+    where = {"name": name, "folder": Path(name), "checkpoint": Path(name, "best.pt"), "data": Path("data")}
+    trained = {"network": network, "config": {}, "epoch": 1, "amp": "off", "size": [32] * 3, "inference": {}}
+    return Run(**where, **trained, preprocessing=PREPROCESSING, data_sha256=data_sha256, split=split, fold=fold)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def test_a_fold_given_twice_and_folds_of_other_data_are_refused():
 
 
 @pytest.mark.parametrize(
-    "names, common",
+    ("names", "common"),
     [
         (("real-96-fold0", "real-96-fold1"), "real-96"),
         (("fold_0", "fold_1"), "unet"),
@@ -61,7 +62,7 @@ def test_folds_are_called_after_what_their_names_share(names, common):
 
 def test_another_visit_of_a_patient_in_training_is_refused():
     entry = Entry("r", "raw cases", (Part((run("r"),), ("x", "BraTS-GLI-00001-003"), None),))
-    with pytest.raises(InputError, match="trained on 1 of the cases.*BraTS-GLI-00001-003"):
+    with pytest.raises(InputError, match=r"trained on 1 of the cases.*BraTS-GLI-00001-003"):
         refuse_trained_on([entry])
     refuse_trained_on([Entry("r", "raw cases", (Part((run("r"),), ("x", "BraTS-GLI-00002-000"), None),))])
 
@@ -131,9 +132,9 @@ def test_a_label_map_on_another_grid_or_of_probabilities_is_refused(phantom, tmp
     assert np.array_equal(read, label)
     for name, voxels, its_affine, reason in (
         ("shape", raw[1:], affine, "shape"),
-        ("affine", raw, affine + np.eye(4), "affine differs"),
+        ("affine", raw, affine + np.eye(4)[:, [1, 2, 3, 0]] * [0, 0, 0, 1], "affine differs"),
         ("probability", raw * np.float32(0.3), affine, "whole numbers"),
-        ("labels", raw + np.uint8(1), affine, "label value 5"),
+        ("labels", raw + np.uint8(1), affine, "label value 3"),
     ):
         with pytest.raises(InputError, match=reason):
             read_prediction(write(tmp_path / f"{name}.nii.gz", voxels, its_affine), item, "brats2021")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,12 @@ def read_ahead(
 
     An InputError goes into `failures` (name -> reason) and the others go on; without `failures` it is raised.
     """
-    names = list(names)
     with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(read, names[0]) if names else None
-        for name, next_name in zip(names, [*names[1:], None], strict=True):
-            current, following = following, reader.submit(read, next_name) if next_name else None
+        following = None
+        for name, next_name in pairwise([None, *names, None]):
+            current, following = following, next_name and reader.submit(read, next_name)
+            if current is None:
+                continue
             try:
                 item = current.result()
             except InputError as error:

@@ -31,6 +31,7 @@ from models.evaluation.plan import (
     plan,
     plan_raw,
     refuse_other_preprocessing,
+    refuse_small_et,
     refuse_trained_on,
     trained_on,
 )
@@ -38,7 +39,9 @@ from models.evaluation.scoring import Job
 from models.files import ROOT
 from models.inference.engines import choose_engine
 from models.inference.predict import Member, member_of, predict_all
+from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
 from models.losses import region_probabilities
+from models.metrics import confusion, dice_per_target, volumes_per_target
 from models.panels import case_panel
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run, load_model, open_run
@@ -105,6 +108,8 @@ def of_runs(options: Options, device: torch.device) -> Work:
     if not options.allow_trained_on:
         refuse_trained_on(entries)
     refuse_other_preprocessing(entries)
+    if options.small_et:
+        refuse_small_et(entries)
     sources = _sources(entries, options.raw) if options.space == "native" and not options.cases else {}
 
     def read(part: Part, name: str) -> Item:
@@ -117,7 +122,11 @@ def of_runs(options: Options, device: torch.device) -> Work:
             if run.checkpoint not in members:  # an engine takes time to make
                 network = networks[run.checkpoint]
                 members[run.checkpoint] = ready(run, network, input_shape(part), options, device)
-        job = predicted(item, [members[run.checkpoint] for run in part.runs], options, device)
+        checkpoints = tuple(run.checkpoint for run in part.runs)
+        together = [members[checkpoint] for checkpoint in checkpoints]
+        if options.small_et and checkpoints not in thresholds_ml:
+            thresholds_ml[checkpoints] = small_et_ml(part, together, options, device)
+        job = predicted(item, together, options, device, thresholds_ml.get(checkpoints, 0.0))
         folder = nifti_folder(options, entries, entry)
         return replace(
             job,
@@ -128,7 +137,8 @@ def of_runs(options: Options, device: torch.device) -> Work:
         )
 
     # All networks before the first case: damaged weights must not cost an hour.
-    networks, members = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}, {}
+    networks = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}
+    members, thresholds_ml = {}, {}
     return Work(entries, read, predict, networks, members)
 
 
@@ -167,14 +177,32 @@ def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: O
     return member if options.overlap is None else replace(member, overlap=options.overlap)
 
 
-def predicted(item: Item, members: list[Member], options: Options, device: torch.device) -> Job:
-    """One item through its networks."""
+def small_et_ml(part: Part, members: list[Member], options: Options, device: torch.device) -> float:
+    """The volume of --small-et for some runs: the one that is best on their validation cases."""
+    cases = []
+    for name in part.runs[0].split["validation"]:
+        item = prepared_item(part.runs[0].data / f"{name}.pt", None)
+        label = label_map(predict_all(members, item.image.to(device), options.tta)[0]).cpu()
+        dice, volumes = (measure(confusion(label, item.label)) for measure in (dice_per_target, volumes_per_target))
+        _, predicted, true = volumes["ET"]
+        cases.append((predicted * voxel_ml(network_spacing_mm(item.geometry)), dice["ET"], float(true == 0)))
+    threshold_ml = choose_small_et_ml(cases)
+    print(f"--small-et: an ET below {threshold_ml:.3g} ml becomes NCR, chosen on {len(cases)} validation cases.")
+    return threshold_ml
+
+
+def voxel_ml(spacing_mm: list[float]) -> float:
+    return float(np.prod(spacing_mm)) / 1000
+
+
+def predicted(item: Item, members: list[Member], options: Options, device: torch.device, small_et_ml: float) -> Job:
+    """One item through its networks; an ET below `small_et_ml` becomes NCR."""
     start = time.perf_counter()
     probabilities, spread = predict_all(members, item.image.to(device), options.tta)
     synchronise(device)
     seconds = time.perf_counter() - start
-    in_network, label = label_map(probabilities).cpu().numpy(), as_array(item.label)
-    spacing_mm = network_spacing_mm(item.geometry)
+    spacing_mm, label = network_spacing_mm(item.geometry), as_array(item.label)
+    in_network = small_et_to_ncr(label_map(probabilities), voxel_ml(spacing_mm), small_et_ml).cpu().numpy()
     job = Job(
         case=item.name,
         space="network",
@@ -190,9 +218,10 @@ def predicted(item: Item, members: list[Member], options: Options, device: torch
         regions = region_probabilities(probabilities).cpu().numpy()
         job = replace(job, reliability=reliability_counts(regions, label))
     if options.space == "native" or options.save_nifti:
-        job = replace(job, native=native_label_map(probabilities, item.geometry).cpu().numpy())
-    if options.space == "native":
         affine_mm = np.linalg.norm(np.array(item.geometry["affine"])[:3, :3], axis=0).tolist()
+        native = small_et_to_ncr(native_label_map(probabilities, item.geometry), voxel_ml(affine_mm), small_et_ml)
+        job = replace(job, native=native.cpu().numpy())
+    if options.space == "native":
         job = replace(job, space="native", prediction=job.native, truth=item.truth, spacing_mm=affine_mm,
                       network_truth=label)  # fmt: skip
     return job

@@ -189,6 +189,19 @@ def refuse_other_preprocessing(entries: list[Entry]):
                                      "differently, so their predictions cannot be averaged.")  # fmt: skip
 
 
+def refuse_small_et(entries: list[Entry]):
+    """InputError where --small-et could not choose its volume without looking at cases that are scored."""
+    for entry in entries:
+        if len(entry.parts) > 1 or entry.split.startswith("validation"):
+            raise InputError("--small-et: its volume is chosen on the validation cases, so these cannot be scored with "
+                             "it. Score the test cases (--split test), or others.")  # fmt: skip
+        first, *others = entry.runs
+        if not (first.data and first.split and first.split["validation"]):
+            raise InputError(f"--small-et: {first.folder} has no validation cases to choose its volume on.")
+        if any(run.split is None or run.split["validation"] != first.split["validation"] for run in others):
+            raise InputError("--small-et: the runs of the ensemble have different validation cases.")
+
+
 # ---- what a run cost -----------------------------------------------------------------------------------------------
 
 
