@@ -46,7 +46,8 @@ class Run:
     epoch: int
     amp: str  # as --amp, without "auto"
     size: list[int] | None  # of what the network takes, [D, H, W] voxels: whole cases, or patches or windows of them
-    preprocessing: dict | None  # of its cases: the arguments size, spacing_mm and normalize of to_network
+    preprocessing: dict | None  # of its cases: arguments of preprocessing.to_network
+    inference: dict  # what prediction in windows is to do otherwise than by default (see inference.predict.member_of)
     data: Path | None
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
@@ -74,6 +75,7 @@ def open_run(path: str | Path) -> Run:
         amp=checkpoint.get("amp", "off"),
         size=record.get("size"),
         preprocessing=_preprocessing(record),
+        inference=record.get("inference", {}),
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
@@ -314,16 +316,16 @@ def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def checkpoint_of(model, amp: str, history: list[dict]) -> dict:
-    """What best.pt holds: the network after the last epoch of the history, and what it takes to build it again."""
+def checkpoint_of(model, amp: str, epoch: int, dice_mean: float | None) -> dict:
+    """What best.pt holds: the network after so many epochs, its validation score, and what it takes to build it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "network": model.network,
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()},
         "modalities": list(MODALITIES),
         "amp": amp,
-        "epoch": len(history),
-        "dice_mean": history[-1]["dice_mean"],
+        "epoch": epoch,
+        "dice_mean": dice_mean,
         "model": model.state_dict(),
     }
 
