@@ -68,7 +68,7 @@ def score_boxes(rows: list[dict], path, title: str):
     below.yaxis.set_minor_locator(NullLocator())
     for axes in grid[1]:
         axes.set_xticks(range(len(runs)), runs, rotation=25, ha="right", rotation_mode="anchor")
-    key = "dot: a case, hollow where an empty mask decided; box: quartiles and median; diamond: mean"
+    key = "mark: a case, hollow where an empty mask decided; box: quartiles and median; diamond: mean"
     figure.suptitle(f"{title}\n{key}", fontsize=11)
     save_figure(figure, path)
 
@@ -160,8 +160,7 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
     grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
     for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
         places = range(len(by_run))
-        for dice in zip(*by_run.values(), strict=True):
-            axes.plot(places, dice, color=COLORS[0], marker="o", ms=4, lw=1, alpha=0.5)
+        axes.plot(places, [*by_run.values()], color=COLORS[0], marker="o", ms=4, lw=1, alpha=0.5)  # a line per column
         means = [sum(dice) / len(dice) for dice in by_run.values()]
         axes.plot(places, means, color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
         axes.set_xticks(places, by_run, rotation=20, ha="right")
