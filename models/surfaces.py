@@ -8,7 +8,11 @@ weighted by their area.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
+
+NEAR_VOXELS = 5
+VOXELS_PER_SEARCH = 250  # what a distance transform takes in the time of one search from far
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,26 @@ def nearest_voxels(voxels: np.ndarray, others: np.ndarray, spacing_mm) -> tuple[
     if not len(others):
         return np.full(len(voxels), np.inf), np.full(len(voxels), -1)
     tree = cKDTree(others * spacing_mm, balanced_tree=False, compact_nodes=False)
-    row = tree.query(voxels * spacing_mm)[1]
+    row = tree.query(voxels * spacing_mm, distance_upper_bound=NEAR_VOXELS * max(spacing_mm))[1]
+    far = np.flatnonzero(row == len(others))
+    row[far] = _rows_from_far(voxels[far], others, spacing_mm, tree)
     # Again from whole steps: 3 * 0.9 - 2 * 0.9 is more than 0.9, and a tolerance of 0.9 mm would miss the next voxel.
     return np.sqrt((((voxels - others[row]) * spacing_mm) ** 2).sum(axis=1)), row
+
+
+def _rows_from_far(voxels: np.ndarray, others: np.ndarray, spacing_mm, tree: cKDTree) -> np.ndarray:
+    """The row of the nearest of `others` where none is near: a search of the tree then takes a hundred times as long,
+    and for many voxels a distance transform of all that is between them takes less."""
+    if not len(voxels):
+        return np.empty(0, int)
+    low = np.minimum(voxels.min(axis=0), others.min(axis=0))
+    shape = np.maximum(voxels.max(axis=0), others.max(axis=0)) - low + 1
+    if len(voxels) * VOXELS_PER_SEARCH < np.prod(shape):
+        return tree.query(voxels * spacing_mm)[1]
+    rows = np.full(shape, -1, np.int32)
+    rows[tuple((others - low).T)] = np.arange(len(others))
+    nearest = distance_transform_edt(rows < 0, sampling=spacing_mm, return_distances=False, return_indices=True)
+    return rows[tuple(nearest[:, *(voxels - low).T])]
 
 
 def hd95(predicted_mm: np.ndarray, true_mm: np.ndarray) -> float:

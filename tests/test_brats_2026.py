@@ -36,9 +36,9 @@ def check(name, prediction, truth, spacing_mm):
             assert scores["hd95_mm"] == pytest.approx(official["global_bin_hd95"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "prediction", "truth", "spacing_mm"), synthetic_pairs())
-def test_synthetic_pairs(name, prediction, truth, spacing_mm):
-    check(name, prediction, truth, spacing_mm)
+@pytest.mark.parametrize("pair", list(synthetic_pairs()), ids=lambda pair: pair[0])
+def test_synthetic_pairs(pair):
+    check(*pair)
 
 
 def test_pairs_from_real_cases(real_cases):

@@ -128,9 +128,10 @@ def test_2023_empty_masks():
     assert scored(score_2023, some, none) == {"dice": 0, "hd95_mm": 374, "tp": 0, "fp": 2, "fn": 0}
 
 
-@pytest.mark.parametrize(("name", "prediction", "truth", "spacing_mm"), synthetic_pairs())
-@pytest.mark.parametrize("labels", [(1, 2, 3), (3,)])
-def test_2023_by_its_definition(name, prediction, truth, spacing_mm, labels):
+@pytest.mark.parametrize("pair", list(synthetic_pairs()), ids=lambda pair: pair[0])
+@pytest.mark.parametrize("labels", [(1, 2, 3), (3,)], ids=["WT", "ET"])
+def test_2023_by_its_definition(pair, labels):
+    _, prediction, truth, spacing_mm = pair
     masks = np.isin(prediction, labels), np.isin(truth, labels)
     assert scored(score_2023, *masks, spacing_mm) == pytest.approx(by_definition_2023(*masks, spacing_mm), abs=1e-4)
 

@@ -47,6 +47,17 @@ def test_distances_are_those_of_a_distance_transform():
     assert np.allclose(ours.distance_mm, expected[tuple(ours.voxels.T)], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("radius", [1, 9])  # few voxels are looked for one by one, many all at once
+def test_distances_to_what_is_far_are_those_of_brute_force(radius):
+    grid = np.indices((80, 21, 21))
+    balls = [(grid[0] - x) ** 2 + (grid[1] - 10) ** 2 + (grid[2] - 10) ** 2 <= radius**2 for x in (12, 65)]
+    ours, theirs = surfaces(*balls, UNEQUAL_MM)
+    offsets = (ours.voxels[:, None] - theirs.voxels) * UNEQUAL_MM  # [n, m, 3]
+    distances = np.sqrt((offsets**2).sum(axis=2))
+    assert np.allclose(ours.distance_mm, distances.min(axis=1), rtol=0, atol=1e-12)
+    assert np.allclose(theirs.distance_mm, distances.min(axis=0), rtol=0, atol=1e-12)
+
+
 def test_what_is_not_there_is_infinitely_far():
     ours, theirs = surfaces(blobs(0), np.zeros((20, 22, 18), bool), UNEQUAL_MM)
     assert np.isinf(ours.distance_mm).all() and not len(theirs.distance_mm)
