@@ -7,7 +7,7 @@ Text is escaped where it enters an element, because it holds the names of other 
 import base64
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 
 from PIL import Image
@@ -29,32 +29,39 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; mar
 dt { color: var(--quiet); } dd { margin: 0; }
 .warning { padding: .4rem .8rem; border-left: 4px solid #d55e00; background: #fdf1e8; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; }
-.swatch { display: inline-block; width: .9em; height: .9em; margin-right: .4em; vertical-align: -.1em; }
-.scroll { overflow-x: auto; }
+.swatch { display: inline-block; width: .9em; height: .9em; margin-right: .4em; vertical-align: -.1em;
+  print-color-adjust: exact; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1.5rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { padding: .5rem 0; color: var(--quiet); text-align: left; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+caption { position: sticky; left: 0; max-width: calc(100vw - 2rem); padding: .5rem 0; color: var(--quiet);
+  text-align: left; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--quiet); white-space: normal; }
 tbody th { font-weight: normal; }
+td small { display: block; color: var(--quiet); }
 tbody th, thead th.name { text-align: left; }
 tbody tr:hover > * { background: #f2f6fa; }
 th button { padding: 0; border: 0; background: none; color: inherit; font: inherit; text-align: inherit;
   cursor: pointer; }
-th button::after { content: " \\2195"; color: var(--quiet); }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit; }
-th[aria-sort=descending] button::after { content: " \\2193"; color: inherit; }
+th button::after { content: "\\a0\\2195"; color: var(--quiet); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: inherit; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: inherit; }
 figure { margin: .5rem 0 1rem; } figcaption { color: var(--quiet); font-size: .875rem; }
 img { display: block; max-width: 100%; height: auto; }
-.panels { display: flex; flex-wrap: wrap; gap: 0 1rem; } .panels figure { flex: 0 1 auto; max-width: 100%; }
+.panels { display: flex; flex-wrap: wrap; gap: 0 1rem; } .panels figure { flex: 1 1 30rem; max-width: 42.4rem; }
 article { content-visibility: auto; contain-intrinsic-size: auto 34rem; }
 @media (max-width: 45rem) {
   body { padding: 0 .7rem 2rem; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; }
   .wide img { max-width: none; width: 52rem; }
+  table { font-size: .8rem; } th, td { padding: .2rem .3rem; }
+  tbody th { max-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+  thead th.name { min-width: 5rem; } thead th.name:first-child { min-width: 6.5rem; }
+  nav { gap: .3rem .8rem; font-size: .875rem; }
 }
 @media print {
-  nav { display: none; } body { max-width: none; } .scroll { overflow: visible; } table { font-size: .6rem; }
-  th, td { padding: .1rem .25rem; } article { content-visibility: visible; }
+  nav { display: none; } th button::after { content: none; } body { max-width: none; } .scroll { overflow: visible; }
+  table { font-size: .6rem; } th, td { padding: .1rem .25rem; } article { content-visibility: visible; }
   article, figure, tr { break-inside: avoid; }
 }
 """
@@ -63,7 +70,7 @@ SCRIPT = """
 "use strict";
 const keyOf = (row, column) => {
   const cell = row.cells[column];
-  return cell.tagName === "TD" ? parseFloat(cell.textContent) : cell.textContent;
+  return cell.tagName === "TD" ? parseFloat(cell.textContent.replace("[", "")) : cell.textContent;
 };
 const compare = (a, b) => typeof a === "number" ? a - b : a.localeCompare(b, undefined, {numeric: true});
 for (const head of document.querySelectorAll("table.sort thead th")) {
@@ -127,8 +134,8 @@ def figure(picture: bytes, caption: str, kind: str = "") -> Html:
     return tag("figure", tag("figcaption", caption), tag("div", shown, class_="scroll"), class_=kind)
 
 
-def page(title: str, body: Html, style: str = "") -> str:
-    """The whole file; `style` is CSS in addition to STYLE."""
+def page(title: str, body: Iterable[Html], style: str = "") -> Iterator[str]:
+    """Yield the whole file in parts; `style` is CSS in addition to STYLE."""
     style = STYLE + style
     policy = (f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(SCRIPT)}; "
               "base-uri 'none'; form-action 'none'")  # fmt: skip
@@ -139,8 +146,9 @@ def page(title: str, body: Html, style: str = "") -> str:
         tag("title", title),
         tag("style", Html(style)),
     )
-    content = tag("html", tag("head", *head), tag("body", body, tag("script", Html(SCRIPT))), lang="en")
-    return f"<!doctype html>\n{content}\n"
+    yield "<!doctype html>\n" + start("html", lang="en") + tag("head", *head) + "<body>"
+    yield from body
+    yield tag("script", Html(SCRIPT)) + "</body></html>\n"
 
 
 def _source(text: str) -> str:

@@ -1,5 +1,6 @@
 """report.html: the scores, figures and cases of an evaluation on one page that opens from disk and can be mailed."""
 
+from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
 from statistics import fmean
@@ -8,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from models.brats import LABEL_NAMES, LABELS, REGIONS
 from models.files import write_atomically
-from models.page import Html, figure, join, page, table, tag
+from models.page import Html, figure, join, page, start, table, tag
 from models.plots import CONVENTION, LABEL_COLORS
 from models.statistics import main_rows, mean_region_dice
 
@@ -53,22 +54,32 @@ def write_report(
     """
     runs = list(dict.fromkeys([row["run"] for row in rows] + [*panels]))
     cases = _ranked_cases(main_rows(rows), panels)
-    sections = {
-        "Scores": _scores(summary),
-        "Comparisons": _comparisons(comparisons),
-        "Figures": join(figure(file.read_bytes(), caption, "wide") for caption, file in figures.items()),
-        "Runs": join(_run(run, summary.get(run, {}), sheets.get(run)) for run in runs),
-        "Cases": _cases(main_rows(rows), cases, panels),
-    }
-    sections = {name: content for name, content in sections.items() if content}
+    sections = {}
+    if summary:
+        sections["Scores"] = _scores(summary)
+    if comparisons:
+        sections["Comparisons"] = _comparisons(comparisons)
+    if figures:
+        sections["Figures"] = (figure(file.read_bytes(), caption, "wide") for caption, file in figures.items())
+    sections["Runs"] = (_run(run, summary.get(run, {}), sheets.get(run)) for run in runs)
+    sections["Cases"] = _cases(main_rows(rows), cases, panels)
     title = f"Segmentation scores: {', '.join(runs)}"
-    body = join([
-        tag("header", tag("h1", title), _facts(rows, runs, len(cases), facts)),
-        tag("nav", *(tag("a", name, href=f"#{name.lower()}") for name in sections), aria_label="sections"),
-        tag("main", *(tag("section", tag("h2", name), content, id=name.lower()) for name, content in sections.items())),
-    ])  # fmt: skip
     swatches = (f".{name} {{ background: {to_hex(LABEL_COLORS[value])}; }}\n" for value, name in LABELS.items())
-    write_atomically(path, page(title, body, "".join(swatches)))
+    header = tag("header", tag("h1", title), _facts(rows, runs, len(cases), facts))
+    write_atomically(path, page(title, _body(header, sections), "".join(swatches)))
+
+
+def _body(header: Html, sections: dict[str, Iterable[Html]]) -> Iterator[Html]:
+    """The parts of the page, one after the other: a thousand cases are more than should be in memory."""
+    yield header
+    yield tag("nav", *(tag("a", name, href=f"#{name.lower()}") for name in sections), aria_label="sections")
+    yield start("main")
+    for name, parts in sections.items():
+        yield start("section", id=name.lower())
+        yield tag("h2", name)
+        yield from parts
+        yield Html("</section>")
+    yield Html("</main>")
 
 
 # ---- words and numbers ---------------------------------------------------------------------------------------------
@@ -150,30 +161,26 @@ def _rules(empty: list[str]) -> str:
             f"truth alone {empty.count('truth')} times (Dice 0, 374 mm)")  # fmt: skip
 
 
-def _scores(summary: dict) -> Html:
-    """Means with their intervals: a row per run, space and target."""
-    targets = [(run, space, target, said) for run, spaces in summary.items() for space, of_targets in spaces.items()
-               for target, said in of_targets.items()]  # fmt: skip
-    if not targets:
-        return Html()
-    measures = [measure for measure in OF_RUNS if any(measure in said for *_, said in targets)]
-    rows = []
-    for *names, said in targets:
-        means = (_mean(said[measure], measure) if measure in said else "–" for measure in measures)
-        rows.append([*names, *means, *map(str, said["empty"].values()), str(said["cases"])])
-    columns = ["run", "space", "target", *map(_label, measures), "both empty", "prediction empty", "truth empty",
-               "cases"]  # fmt: skip
-    return table("Mean and its 95 % bootstrap interval", columns, rows, names=3)
+def _scores(summary: dict) -> Iterator[Html]:
+    """Means with their intervals: a table per space, a row per run and target."""
+    for space in dict.fromkeys(space for spaces in summary.values() for space in spaces):
+        targets = [(run, target, said) for run, spaces in summary.items()
+                   for target, said in spaces.get(space, {}).items()]  # fmt: skip
+        measures = [measure for measure in OF_RUNS if any(measure in said for *_, said in targets)]
+        rows = []
+        for *names, said in targets:
+            means = (_mean(said[measure], measure) if measure in said else "–" for measure in measures)
+            rows.append([*names, *means, *map(str, said["empty"].values()), str(said["cases"])])
+        columns = ["run", "target", *map(_label, measures), "both empty", "prediction empty", "truth empty", "cases"]
+        yield table(f"Mean and its 95 % bootstrap interval in {SPACES[space]}", columns, rows, names=2)
 
 
-def _mean(said: dict, measure: str) -> str:
-    interval = f" {_interval(said['interval'], measure)}" if said["interval"] else ""
-    return _number(said["mean"], measure) + interval
+def _mean(said: dict, measure: str) -> Html:
+    mean = tag("span", _number(said["mean"], measure))
+    return join([mean, " ", tag("small", _interval(said["interval"], measure))]) if said["interval"] else mean
 
 
-def _comparisons(comparisons: list[dict]) -> Html:
-    if not comparisons:
-        return Html()
+def _comparisons(comparisons: list[dict]) -> Iterator[Html]:
     note = ("Paired over cases. Wilcoxon: the two-sided signed-rank test; Holm: its p-value corrected for all targets "
             "and runs of a space and measure.")  # fmt: skip
     if min(row["cases"] for row in comparisons) < FEW_CASES:
@@ -188,7 +195,8 @@ def _comparisons(comparisons: list[dict]) -> Html:
         ])  # fmt: skip
     columns = ["run", "compared with", "space", "target", "measure", "mean difference", "95 % interval", "Wilcoxon p",
                "Holm p", "cases"]  # fmt: skip
-    return join([tag("p", note), table("Differences between runs", columns, rows, names=5)])
+    yield tag("p", note)
+    yield table("Differences between runs", columns, rows, names=5)
 
 
 def _run(run: str, spaces: dict, sheet: Path | None) -> Html:
@@ -210,7 +218,7 @@ def _run(run: str, spaces: dict, sheet: Path | None) -> Html:
     return join(parts)
 
 
-def _cases(rows: list[dict], cases: list[str], panels: dict) -> Html:
+def _cases(rows: list[dict], cases: list[str], panels: dict) -> Iterator[Html]:
     """A table of all cases, and an article for each of them."""
     of_cases = {case: {} for case in cases}  # case -> run -> target -> row
     for row in rows:
@@ -225,8 +233,9 @@ def _cases(rows: list[dict], cases: list[str], panels: dict) -> Html:
             overview.append([links[case], _named(run, by_target), *scores])
         if not by_run:
             overview.append([links[case], "no truth", *["–"] * (len(columns) - 2)])
-    articles = (_case(number, case, by_run, panels) for number, (case, by_run) in enumerate(of_cases.items(), start=1))
-    return join([table("All cases, the lowest Dice first", columns, overview, names=2), *articles])
+    yield table("All cases, the lowest Dice first", columns, overview, names=2)
+    for number, (case, by_run) in enumerate(of_cases.items(), start=1):
+        yield _case(number, case, by_run, panels)
 
 
 def _named(run: str, by_target: dict) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from models.brats import REGION_CHANNELS, REGIONS
@@ -51,7 +52,7 @@ def draw_sheets(rows: list[dict], panels: dict[str, dict[str, bytes]], out: Path
 def score_boxes(rows: list[dict], path, title: str):
     """Dice and HD95 of every case, with box and mean, for each run (rows of one space): a column of panels a region."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    figure = Figure(figsize=(3 * max(2.4, 0.8 * len(runs)) + 1.2, 7.5))
+    figure = Figure(figsize=(max(9, 2.4 * len(runs)), 7.5))
     grid = figure.subplots(2, len(REGIONS), sharex=True, sharey="row")
     for column, region in enumerate(REGIONS):
         for axes, measure in zip(grid[:, column], ("dice", "hd95_mm"), strict=True):
@@ -66,11 +67,10 @@ def score_boxes(rows: list[dict], path, title: str):
     below.set(ylabel="HD95, mm", ylim=(-0.15, 500), yticks=[0, 1, 2, 5, 10, 20, 50, 100, 374])
     below.yaxis.set_major_formatter(PLAIN)
     below.yaxis.set_minor_locator(NullLocator())
-    for axes in grid[1]:
-        axes.set_xticks(range(len(runs)), runs, rotation=25, ha="right", rotation_mode="anchor")
+    below.set_xticks([])
     key = "mark: a case, hollow where an empty mask decided; box: quartiles and median; diamond: mean"
     figure.suptitle(f"{title}\n{key}", fontsize=11)
-    save_figure(figure, path)
+    _save_with_legend(figure, runs, path)
 
 
 def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
@@ -87,6 +87,14 @@ def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
         axes.boxplot(values, positions=[place], widths=0.6, showfliers=False, manage_ticks=False,
                      medianprops={"color": "black", "lw": 2}, zorder=3)  # fmt: skip
     axes.plot(place, values.mean(), "D", ms=6, color="white", mec="black", zorder=4)
+
+
+def _save_with_legend(figure, runs: list[str], path):
+    """With the looks of the runs below it, where long names have room."""
+    marks = [Line2D([], [], ls="none", label=run, **_look(place)) for place, run in enumerate(runs)]
+    figure.legend(handles=marks, loc="lower center", ncols=4, frameon=False)
+    lines = -(-len(runs) // 4)
+    save_figure(figure, path, rect=(0, (0.15 + 0.22 * lines) / figure.get_figheight(), 1, 1))
 
 
 def _look(place: int) -> dict:
@@ -109,7 +117,7 @@ def dice_over_volume(rows: list[dict], path, title: str):
         for place, run in enumerate(runs):
             chosen = [row for row in rows if (row["run"], row["target"]) == (run, region)]
             points = [row["true_ml"] for row in chosen], [row["dice"] for row in chosen]
-            axes.plot(*points, ls="none", mew=0, label=run, **_look(place), **_dot_size(len(chosen)))
+            axes.plot(*points, ls="none", mew=0, **_look(place), **_dot_size(len(chosen)))
         volumes = [row["true_ml"] for row in rows if row["target"] == region]
         positive = [volume for volume in volumes if volume > 0] or [1]
         low, high = 10 ** np.floor(np.log10(min(positive))), 10 ** np.ceil(np.log10(1.01 * max(positive)))
@@ -118,9 +126,8 @@ def dice_over_volume(rows: list[dict], path, title: str):
         axes.xaxis.set_major_formatter(PLAIN)
         axes.grid(alpha=0.3)
     grid[0].set(ylabel="Dice of a case", ylim=(-0.03, 1.03))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="lower center", ncols=min(len(runs), 4), frameon=False)
     figure.suptitle(title)
-    save_figure(figure, path, rect=(0, 0.06 * -(-len(runs) // 4), 1, 1))
+    _save_with_legend(figure, runs, path)
 
 
 def reliability(counts: dict[str, np.ndarray], path, title: str):
@@ -168,6 +175,6 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
         axes.set_title(f"{target}\n{notes[target]}", fontsize=11)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("Dice; a line is a case")
-    grid[0][0].legend()
+    grid[0][0].legend(loc="lower left")
     figure.suptitle(title)
     save_figure(figure, path)
