@@ -110,6 +110,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
                       help="folder made by preprocess_brats.py")
     data.add_argument("--fold", type=natural, help="train and validate on this cross-validation fold of splits.json")
+    data.add_argument("--patch", type=positive_int,
+                      help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
+                           "two around tumour, instead of whole cases; cases of --size native need it")
     data.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
                       help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
                            "epoch; auto: the first of these that has twice the space that they take")
@@ -123,6 +126,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
                            "zscore, has the standard deviation 1")
 
     optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--regions", action="store_true",
+                              help="learn the overlapping regions TC, WT and ET, with a sigmoid each, instead of the "
+                                   "labels, with a softmax")
     optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
     optimisation.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
     optimisation.add_argument("--accumulate", type=positive_int, default=1,

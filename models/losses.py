@@ -56,6 +56,11 @@ def region_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
     return torch.stack([probabilities[list(REGIONS[region])].sum(0) for region in REGION_CHANNELS])
 
 
+def logits_from_frequencies(frequencies: torch.Tensor, channels: int) -> torch.Tensor:
+    """The logits [channels] of a network whose probabilities are the frequencies [4] of the classes everywhere."""
+    return frequencies.log() if channels == len(frequencies) else region_probabilities(frequencies).logit()
+
+
 def labels_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """Training labels uint8 [B, ...] of logits [B, 4 or 3, ...]; the most probable class needs no softmax."""
     scores = probabilities_from_logits(logits) if has_regions(logits) else logits

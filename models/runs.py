@@ -222,7 +222,7 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
     if record["data_manifest_sha256"] != manifest_checksum(arguments["data"]):
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
-    before = current_arguments(record)
+    before = {"patch": None, "regions": False} | current_arguments(record)  # of before there were these
     changed = [
         f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
         for flag, value in before.items()

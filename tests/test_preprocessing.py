@@ -7,8 +7,9 @@ import torch
 from conftest import LPS, make_head
 from monai.transforms import NormalizeIntensity
 
-from models.brats import TARGETS, find_cases, read_case, to_training_labels
+from models.brats import MODALITIES, TARGETS, find_cases, read_case, to_training_labels
 from models.errors import InputError
+from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,
     intensity_window,
@@ -276,6 +277,25 @@ def test_a_map_of_another_size_is_refused():
     geometry = to_network(image, label, LPS, size=32)["geometry"]
     with pytest.raises(InputError, match="does not fit"):
         to_native(torch.zeros(16, 16, 16), geometry)
+
+
+def test_a_synthetic_case_of_brats_comes_back_exactly_where_it_keeps_its_size():
+    volumes, label, affine = make_case(0, 0, spacing_mm=2.0)
+    image = np.stack([volumes[modality] for modality in MODALITIES])
+    result = to_network(image, label, affine, size=None, spacing_mm=2.0, normalize="zscore")
+    assert result["geometry"]["network_size"] < result["geometry"]["resampled_shape"] == [120, 120, 78]
+    assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label)
+    labels = native_label_map(torch.nn.functional.one_hot(result["label"][0], 4).movedim(-1, 0), result["geometry"])
+    assert np.array_equal(labels.numpy(), label)
+
+
+def test_real_cases_come_back_exactly_where_they_keep_their_size(real_cases):
+    for case in find_cases(real_cases)[:3]:
+        volumes = read_case(case)
+        label = to_training_labels(volumes.label, "brats2021")
+        result = to_network(volumes.image, label, volumes.affine, size=None)
+        assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label), case.name
+        assert network_spacing_mm(result["geometry"]) == [1.0, 1.0, 1.0]
 
 
 def test_real_cases_keep_their_tumours_at_128(real_cases):
