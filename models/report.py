@@ -156,9 +156,9 @@ def _warnings(rows: list[dict], runs: list[str]) -> list[Html]:
 
 def _rules(empty: list[str]) -> str:
     """How often an empty mask decided a score."""
-    return (f"a rule decided {len(empty) - empty.count('')} of {len(empty)} scores (marked *): both masks were empty "
-            f"{empty.count('both')} times (Dice 1, 0 mm), the prediction alone {empty.count('prediction')} times, the "
-            f"truth alone {empty.count('truth')} times (Dice 0, 374 mm)")  # fmt: skip
+    both, prediction, truth = (empty.count(kind) for kind in ("both", "prediction", "truth"))
+    return (f"a rule decided {both + prediction + truth} of {len(empty)} scores (marked *). Both masks empty: {both} "
+            f"(Dice 1, 0 mm); only the prediction empty: {prediction}, only the truth: {truth} (Dice 0, 374 mm)")
 
 
 def _scores(summary: dict) -> Iterator[Html]:
