@@ -17,7 +17,8 @@ STANDARDS = {"lesion2026": "BraTS 2026 (brats-evaluation 0.0.10, gli)", "lesion2
 SPACES = {"native": "native space, the grid of the original files", "network": "network space, the grid of the network"}
 MEASURES = {
     "dice": "Dice", "ceiling_dice": "ceiling of Dice", "hd95_mm": "HD95, mm", "nsd_1mm": "NSD at 1 mm",
-    "predicted_ml": "predicted, ml", "true_ml": "true, ml", "volume_error_ml": "volume error, ml",
+    "nsd_0mm": "NSD at 0 mm", "predicted_ml": "predicted, ml", "true_ml": "true, ml",
+    "volume_error_ml": "volume error, ml",
 }  # fmt: skip
 LESION_MEASURES = {
     "dice": "lesion Dice", "nsd": "lesion NSD", "hd95_mm": "lesion HD95, mm", "tp": "lesions found",
