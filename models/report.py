@@ -17,7 +17,8 @@ STANDARDS = {"lesion2026": "BraTS 2026 (brats-evaluation 0.0.10, gli)", "lesion2
 SPACES = {"native": "native space, the grid of the original files", "network": "network space, the grid of the network"}
 MEASURES = {
     "dice": "Dice", "ceiling_dice": "ceiling of Dice", "hd95_mm": "HD95, mm", "nsd_1mm": "NSD at 1 mm",
-    "predicted_ml": "predicted, ml", "true_ml": "true, ml", "volume_error_ml": "volume error, ml",
+    "nsd_0mm": "NSD at 0 mm", "predicted_ml": "predicted, ml", "true_ml": "true, ml",
+    "volume_error_ml": "volume error, ml",
 }  # fmt: skip
 LESION_MEASURES = {
     "dice": "lesion Dice", "nsd": "lesion NSD", "hd95_mm": "lesion HD95, mm", "tp": "lesions found",
@@ -156,9 +157,9 @@ def _warnings(rows: list[dict], runs: list[str]) -> list[Html]:
 
 def _rules(empty: list[str]) -> str:
     """How often an empty mask decided a score."""
-    return (f"a rule decided {len(empty) - empty.count('')} of {len(empty)} scores (marked *): both masks were empty "
-            f"{empty.count('both')} times (Dice 1, 0 mm), the prediction alone {empty.count('prediction')} times, the "
-            f"truth alone {empty.count('truth')} times (Dice 0, 374 mm)")  # fmt: skip
+    both, prediction, truth = (empty.count(kind) for kind in ("both", "prediction", "truth"))
+    return (f"a rule decided {both + prediction + truth} of {len(empty)} scores (marked *). Both masks empty: {both} "
+            f"(Dice 1, 0 mm); only the prediction empty: {prediction}, only the truth: {truth} (Dice 0, 374 mm)")
 
 
 def _scores(summary: dict) -> Iterator[Html]:

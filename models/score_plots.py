@@ -86,7 +86,8 @@ def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
     if len(values) >= BOX_FROM:
         axes.boxplot(values, positions=[place], widths=0.6, showfliers=False, manage_ticks=False,
                      medianprops={"color": "black", "lw": 2}, zorder=3)  # fmt: skip
-    axes.plot(place, values.mean(), "D", ms=6, color="white", mec="black", zorder=4)
+    if len(values) > 1:
+        axes.plot(place, values.mean(), "D", ms=6, color="white", mec="black", zorder=4)
 
 
 def _save_with_legend(figure, runs: list[str], path):
@@ -166,10 +167,10 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
     figure = Figure(figsize=(4 * len(scores), 5))
     grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
     for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
-        places = range(len(by_run))
-        axes.plot(places, [*by_run.values()], color=COLORS[0], marker="o", ms=4, lw=1, alpha=0.5)  # a line per column
-        means = [sum(dice) / len(dice) for dice in by_run.values()]
-        axes.plot(places, means, color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
+        places, dice = range(len(by_run)), np.array([*by_run.values()])  # [runs, cases]
+        alpha = np.clip(40 / dice.shape[1], 0.05, 0.5)  # many cases are a cloud
+        axes.plot(places, dice, color=COLORS[0], marker="o", ms=4, lw=1, alpha=alpha)
+        axes.plot(places, dice.mean(1), color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
         axes.set_xticks(places, by_run, rotation=20, ha="right")
         axes.set(xlim=(-0.5, len(by_run) - 0.5), ylim=(-0.03, 1.03))
         axes.set_title(f"{target}\n{notes[target]}", fontsize=11)

@@ -153,7 +153,7 @@ def test_standards_that_were_not_used_are_not_named(tmp_path):
 
 def test_it_says_how_often_a_rule_decided_and_marks_those_scores(page):
     said = dict(zip((text for _, text in page.all("dt")), (text for _, text in page.all("dd")), strict=True))
-    assert "2 of 50 scores" in said["Empty masks"] and "both masks were empty 2 times" in said["Empty masks"]
+    assert "decided 2 of 50 scores" in said["Empty masks"] and "Both masks empty: 2 " in said["Empty masks"]
     assert [text for _, text in page.all("td")].count("1.000*") == 2 * 2  # in the table of all cases and in the article
 
 
