@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.panels import GAP, PANEL_HEIGHT, SHEET_COLUMNS, SHEET_ROWS, TILE, case_panel, contact_sheets
+from models.evaluation.panels import GAP, PANEL_HEIGHT, SHEET_COLUMNS, SHEET_ROWS, TILE, case_panel, contact_sheets
 
 SHAPE = (40, 48, 30)
 

@@ -10,8 +10,8 @@ from conftest import make_score_rows
 from PIL import Image
 from test_panels import plain_panel
 
-from models.report import write_report
-from models.statistics import compare_runs, summarise
+from models.evaluation.report import write_report
+from models.evaluation.statistics import compare_runs, summarise
 
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b's"]
 VOID = {"meta", "img"}

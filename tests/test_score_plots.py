@@ -8,8 +8,8 @@ from conftest import make_score_rows
 from PIL import Image
 from test_panels import plain_panel
 
-from models.score_plots import draw_scores, draw_sheets
-from models.statistics import BINS
+from models.evaluation.score_plots import draw_scores, draw_sheets
+from models.evaluation.statistics import BINS
 
 RUNS = ["unet", "swinunetr", "ensemble", "nnU-Net", "a run of a rather long name"]
 

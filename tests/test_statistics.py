@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import bootstrap, wilcoxon
 
 from models.brats import REGIONS
-from models.statistics import (
+from models.evaluation.statistics import (
     BINS,
     calibration_error,
     compare,

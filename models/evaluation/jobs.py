@@ -24,6 +24,7 @@ from models.evaluation.cases import (
     read_prediction,
     segmentations,
 )
+from models.evaluation.panels import case_panel
 from models.evaluation.plan import (
     Entry,
     Part,
@@ -36,16 +37,15 @@ from models.evaluation.plan import (
     trained_on,
 )
 from models.evaluation.scoring import Job
+from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
 from models.inference.engines import choose_engine
 from models.inference.predict import Member, member_of, predict_all
 from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
 from models.losses import region_probabilities
 from models.metrics import confusion, dice_per_target, volumes_per_target
-from models.panels import case_panel
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run, load_model, open_run
-from models.statistics import reliability_counts
 
 
 @dataclass(frozen=True)

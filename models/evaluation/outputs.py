@@ -9,13 +9,13 @@ from models.brats import REGIONS, TARGETS
 from models.cost import forward_macs, parameter_count
 from models.evaluation.jobs import Options, Work, item_of
 from models.evaluation.plan import Entry, input_shape, training_minutes
+from models.evaluation.report import STANDARDS, write_report
+from models.evaluation.score_plots import draw_scores, draw_sheets, paired_dice
 from models.evaluation.scoring import Scored, unpack
+from models.evaluation.statistics import compare_runs, mean_region_dice, summarise
 from models.files import write_atomically, write_csv
 from models.inference.engines import engine_name
 from models.plots import prediction_overlay
-from models.report import STANDARDS, write_report
-from models.score_plots import draw_scores, draw_sheets, paired_dice
-from models.statistics import compare_runs, mean_region_dice, summarise
 
 COSTS = ("parameters", "gmac", "forward_seconds_per_case", "training_minutes")
 
@@ -95,8 +95,8 @@ def comparison_table(summary: dict) -> list[dict]:
 
 
 def title_of(summary: dict) -> str:
-    splits = ", ".join(dict.fromkeys(f"{run['cases']} {run['split']}" for run in summary["runs"].values()))
-    return f"{splits}, {summary['space']} space"
+    splits = (f"{run['cases']} {run['split']}" for run in summary["runs"].values())
+    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space".replace("1 test cases", "1 test case")
 
 
 def facts_of(summary: dict) -> dict[str, str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What an evaluation costs besides the networks, and whether its memory grows with the number of cases.
 
-  python tests/benchmarks/evaluation_cohort.py RUN RAW --cases 12 126 --csv tests/benchmarks/results/evaluation_cohort.csv
+  python tests/benchmarks/evaluation_cohort.py RUN RAW --csv tests/benchmarks/results/evaluation_cohort.csv
 
 Each row is `evaluate.py RUN --cases FOLDER --save-nifti ...` on so many cases, which are links to those in RAW: every
 case is read, prepared, predicted, taken back, scored by all standards, drawn and written. The seconds outside the

@@ -8,10 +8,10 @@ from statistics import fmean
 from matplotlib.colors import to_hex
 
 from models.brats import LABEL_NAMES, LABELS, REGIONS
+from models.evaluation.page import Html, figure, join, page, start, table, tag
+from models.evaluation.statistics import main_rows, mean_region_dice
 from models.files import write_atomically
-from models.page import Html, figure, join, page, start, table, tag
 from models.plots import CONVENTION, LABEL_COLORS
-from models.statistics import main_rows, mean_region_dice
 
 STANDARDS = {"lesion2026": "BraTS 2026 (brats-evaluation 0.0.10, gli)", "lesion2023": "BraTS 2023"}
 SPACES = {"native": "native space, the grid of the original files", "network": "network space, the grid of the network"}

@@ -9,10 +9,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from models.brats import REGION_CHANNELS, REGIONS
+from models.evaluation.panels import contact_sheets
+from models.evaluation.statistics import BINS, calibration_error, main_rows, mean_region_dice
 from models.files import write_atomically
-from models.panels import contact_sheets
 from models.plots import save_figure
-from models.statistics import BINS, calibration_error, main_rows, mean_region_dice
 
 # Okabe & Ito's colours, told apart by people who see red and green alike
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
