@@ -3,14 +3,14 @@ map on its grid, which evaluation, benchmark and viewer share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, product
+from itertools import chain, combinations
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from models import refuse_unfit_size
 from models.brats import REGION_CHANNELS, Case, read_case, to_raw_labels, write_label_nifti
@@ -22,8 +22,6 @@ from models.runs import Run
 
 MIRRORS = tuple(chain.from_iterable(combinations((1, 2, 3), count) for count in range(4)))  # the 8 sets of axes
 STAGES = ("load", "preprocess", "forward", "postprocess", "write")  # from the files of a case to a label map on disk
-SIGMA = 1 / 8  # of the Gaussian that weights the voxels of a window, in sides of the window
-LOWEST_WEIGHT = 1e-3  # or what only the corner of a window sees would be divided by almost nothing
 # One window keeps a CPU busy. A GPU that can train a network has the memory for two.
 WINDOWS_AT_ONCE = {"cpu": 1, "cuda": 2}
 
@@ -36,7 +34,7 @@ class Member:
     amp_dtype: torch.dtype | None = None  # of autocast; an engine has a type of its own
     window: tuple[int, ...] | None = None  # [D, H, W] voxels: an image of another size is predicted in windows
     overlap: float = 0.5  # of a window with the next one, as a share of its side
-    weights: str = "gaussian"  # of the voxels of a window in the mean over windows; or "constant"
+    weights: str = "gaussian"  # of a window's voxels in the mean over windows: less towards its faces; or "constant"
     mirrored: tuple[int, ...] = ()  # axes of [4, D, H, W] that ran the other way where the network was trained
 
 
@@ -96,60 +94,25 @@ def predict_all(members: list[Member], image: Tensor, flips: bool = False) -> tu
     return sums[0] / count, (squares / count).sqrt() if count > 1 else None
 
 
-# ---- windows -------------------------------------------------------------------------------------------------------
-
-
 def _logits(member: Member, image: Tensor) -> Tensor:
-    """Logits [4 or 3, D, H, W] of an image [4, D, H, W]: in one pass, or the mean over overlapping windows.
-
-    Windows lie and are weighted as in MONAI's sliding_window_inference. An axis that is shorter than the window is
-    padded with background on both sides. `accumulators_gib` says what this takes beside the image.
-    """
+    """Logits [4 or 3, D, H, W] of an image [4, D, H, W]: in one pass, or the mean over overlapping windows. An axis
+    that is shorter than the window is padded with background on both sides."""
     if member.window is None or tuple(image.shape[1:]) == tuple(member.window):
         return member.network(image[None])[0]
-    sizes = image.shape[1:]
-    missing = [max(0, side - size) for side, size in zip(member.window, sizes, strict=True)]
-    if any(missing):
-        image = pad(image, [part for n in reversed(missing) for part in (n // 2, n - n // 2)])
-    corners = list(product(*map(window_starts, image.shape[1:], member.window, [member.overlap] * 3)))
-    boxes = [(..., *(slice(low, low + side) for low, side in zip(corner, member.window, strict=True)))
-             for corner in corners]  # fmt: skip
-    # An engine is made for one shape.
-    at_once = WINDOWS_AT_ONCE[image.device.type] if isinstance(member.network, nn.Module) else 1
-    weight = window_weights(member.window, member.weights, image.device)  # [d, h, w]
-    total, weights = None, image.new_zeros(image.shape[1:])
-    for first in range(0, len(boxes), at_once):
-        chosen = boxes[first : first + at_once]
-        outputs = member.network(torch.stack([image[box] for box in chosen]))  # [B, 4 or 3, d, h, w]
-        if total is None:
-            total = image.new_zeros(outputs.shape[1], *image.shape[1:])
-        for box, logits in zip(chosen, outputs, strict=True):
-            total[box].addcmul_(logits.float(), weight)
-            weights[box].add_(weight)
-    total /= weights
-    return total[(..., *(slice(n // 2, n // 2 + size) for n, size in zip(missing, sizes, strict=True)))]
-
-
-def window_starts(size: int, side: int, overlap: float) -> list[int]:
-    """Where the windows of this side begin along an axis of `size` voxels; the last one ends with it."""
-    step = max(1, int(side * (1 - overlap)))
-    return [*range(0, size - side, step), size - side]
-
-
-def window_weights(window: tuple[int, ...], kind: str, device: torch.device) -> Tensor:
-    """What each voxel of a window counts [d, h, w]: all the same ("constant"), or less towards its faces, where a
-    network sees least of the surroundings ("gaussian")."""
-    weights = torch.ones((), device=device)
-    for side in window:
-        offset = torch.arange(side, device=device) - (side - 1) / 2
-        bell = torch.exp(-((offset / (SIGMA * side)) ** 2) / 2)
-        weights = weights[..., None] * (bell if kind == "gaussian" else torch.ones_like(bell))
-    return weights.clamp_(min=LOWEST_WEIGHT)
+    return sliding_window_inference(
+        image[None],
+        roi_size=member.window,
+        # An engine is made for one shape.
+        sw_batch_size=WINDOWS_AT_ONCE[image.device.type] if isinstance(member.network, nn.Module) else 1,
+        predictor=lambda windows: member.network(windows).float(),
+        overlap=member.overlap,
+        mode=member.weights,
+    )[0]
 
 
 def accumulators_gib(sizes: tuple[int, ...], channels: int) -> float:
-    """GiB that predicting a volume of these sizes in windows takes on the device: a float32 for every voxel of each
-    output channel, and one for the sum of the weights."""
+    """GiB that predicting a volume of these sizes in windows takes on the device beside the windows themselves: a
+    float32 for every voxel of each output channel, and one for the sum of the weights."""
     return (channels + 1) * prod(sizes) * 4 / 2**30
 
 
