@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from models.evaluation.jobs import Options
 from models.training import Settings
 
 SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "train_swinunetr", "evaluate",
@@ -122,11 +123,18 @@ def test_every_flag_is_read(script, monkeypatch):
     flags = vars(import_module(script).arguments()).keys() - {"debug"}  # cli.run looks for that one
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     read = names_read(source, "args")
-    if "settings_of(args, training.Settings)" in source:
-        read |= {field.name for field in fields(Settings)}
+    for kind, call in ((Settings, "training.Settings"), (Options, "jobs.Options")):
+        if f"settings_of(args, {call})" in source:
+            read |= {field.name for field in fields(kind)}
     assert not flags - read
 
 
 def test_every_setting_of_a_training_is_read():
     read = names_read((ROOT / "models/training.py").read_text(encoding="utf-8"), "settings")
     assert {field.name for field in fields(Settings)} == read
+
+
+def test_every_option_of_an_evaluation_is_read():
+    files = (ROOT / "models/evaluation").glob("*.py")
+    read = set().union(*(names_read(file.read_text(encoding="utf-8"), "options") for file in files))
+    assert {field.name for field in fields(Options)} <= read
