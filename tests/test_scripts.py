@@ -366,7 +366,7 @@ def test_folds_are_scored_together_each_on_what_it_has_not_seen(trained, tensors
     row = next(row for row in rows if (row["run"], row["case"], row["target"]) == ("cv", case, "WT"))
     dice = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
     assert float(row["dice"]) == pytest.approx(dice.item(), abs=1e-3)
-    assert "2 folds, cross-validated" in done.stdout
+    assert "cross-validated in 2 folds" in done.stdout and "best epoch" in done.stdout
     again = shutil.copytree(trained / runs[0], trained / f"{runs[0]}-again")
     assert "both fold 0" in run_script("evaluate.py", runs[0], again, cwd=trained, status=2).stderr
 

@@ -113,7 +113,10 @@ def plan(runs: list[Run], data: Path | None, split: str | None, ensemble: bool) 
         name = name_of_folds(group)
         if len(groups) > 1 and any(name == entry.name for entry in entries):
             name = f"{group[0].network}-{name}"
-        entries.append(Entry(name, f"{len(group)} folds, cross-validated", tuple(parts)))
+        if any(run.checkpoint.name == "best.pt" for run in group):
+            print(f"Note: the best epoch of each fold of {name} was chosen on the cases that it is scored on. Name the "
+                  "last.pt of the runs to score their last epochs.")  # fmt: skip
+        entries.append(Entry(name, f"cases, cross-validated in {len(group)} folds", tuple(parts)))
         if ensemble:
             folder, cases = choose_cases(group, data, "test")
             if not cases:
