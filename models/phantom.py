@@ -139,12 +139,12 @@ def _ellipsoid(x, y, z, center, half_axes, power=2.0):
 
 
 def draw_tumours(rng, enhancing: bool) -> list[dict]:
-    """Where one to three gliomas are and how large: lengths in mm."""
+    """Where one to three gliomas are, the second across the midline from the others, and how large: lengths in mm."""
     tumours = []
-    hemisphere = rng.choice([-1, 1])
+    side = rng.choice([-1, 1])
     for number in range(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])):
         core = rng.uniform(11, 21) if number == 0 else rng.uniform(5, 9)
-        center = np.array([hemisphere * rng.uniform(22, 38), rng.uniform(-48, 40), rng.uniform(-8, 36)])
+        center = np.array([side * (-1) ** number * rng.uniform(22, 38), rng.uniform(-48, 40), rng.uniform(-8, 36)])
         tumours.append({"center": center, "core": core, "oedema": core + rng.uniform(5, 13),
                         "rim": rng.uniform(2.5, 5.0) if enhancing else 0.0})  # fmt: skip
     return tumours
@@ -184,10 +184,10 @@ def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, di
 
 
 def _around_largest_part(mask):
-    """The largest connected part of a mask [D, H, W] and its soft border: oedema leaves islands of white matter."""
+    """The largest connected part of a mask [D, H, W] and its soft border: along white matter, oedema makes islands."""
     parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
     largest = np.bincount(parts.ravel(), mask.ravel()).argmax()  # the outside, 0, weighs nothing
-    return ndimage.binary_dilation(mask & (parts == largest), iterations=2)
+    return ndimage.binary_dilation(mask & (parts == largest), np.ones((3, 3, 3)))
 
 
 # ---- intensities ---------------------------------------------------------------------------------------------------

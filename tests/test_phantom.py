@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import ROOT
+from scipy.ndimage import label as label_parts
 
 from models.brats import find_cases, read_case, to_training_labels
 from models.phantom import make_case, write_case
@@ -41,6 +42,20 @@ def test_one_case_in_eight_has_no_enhancing_tumour(cases):
     present = [set(np.unique(label)) for _, label, _ in cases]
     assert all({1, 2} <= labels for labels in present)
     assert [3 in labels for labels in present] == [True] * 7 + [False]
+
+
+def test_whole_tumours_are_one_to_three_parts_of_millilitres_as_those_of_real_cases(cases):
+    """Of twelve real cases, ten have one part of more than 50 mm3, the others two and three."""
+    voxel_ml = 0.027
+    parts = [label_parts(segmentation > 0, np.ones((3, 3, 3))) for _, segmentation, _ in cases]
+    sizes_ml = [np.bincount(numbers.ravel())[1:] * voxel_ml for numbers, _ in parts]
+    assert {count for _, count in parts} == {1, 2}
+    assert all(20 < sizes.sum() < 250 and sizes.min() > 1 for sizes in sizes_ml)
+
+
+def test_a_head_may_have_three_lesions():
+    _, segmentation, _ = make_case(0, 9, spacing_mm=3.0)
+    assert label_parts(segmentation > 0, np.ones((3, 3, 3)))[1] == 3
 
 
 def test_the_tumour_is_in_the_brain_and_the_background_is_zero(cases):
