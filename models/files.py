@@ -10,14 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
-def write_atomically(path: str | Path, data: bytes | str | Iterable[str]):
+def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str]):
     """Write to a temporary name beside `path` and rename: a file with its final name is whole. The parts of an iterable
     are written as they come, so that they need not all be in memory."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            for part in [data] if isinstance(data, bytes | str) else data:
+            for part in [data] if isinstance(data, bytes | memoryview | str) else data:
                 file.write(part.encode() if isinstance(part, str) else part)
         os.replace(temporary, path)
     finally:
