@@ -61,8 +61,8 @@ def summary_of(work: Work, kept: dict[str, list[Scored]], rows: list[dict], opti
         "space": options.space,
         "tta": options.tta,
         "standards": list(STANDARDS.values()),
-        "arguments": {key: value if isinstance(value, bool | float | None) else str(value)
-                      for key, value in asdict(options).items()},
+        "settings": {key: value for key, value in asdict(options).items()
+                     if isinstance(value, bool | float | str | None) and key not in ("space", "tta")},
         "runs": runs,
         "comparisons": compare_runs(rows) if len(scores) > 1 else [],
     }  # fmt: skip
@@ -102,7 +102,7 @@ def title_of(summary: dict) -> str:
 def facts_of(summary: dict) -> dict[str, str]:
     """What a reader of the report should know of what was scored."""
     facts = {"Cases": title_of(summary), "Mirror images": "8, averaged" if summary["tta"] else "none"}
-    if not summary["arguments"]["small_et"]:
+    if not summary["settings"]["small_et"]:
         return facts
     return facts | {"Small enhancing tumours": "become NCR below a volume chosen on the validation cases"}
 
