@@ -10,13 +10,20 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.evaluation.statistics import mean_interval  # noqa: E402
+
 README = ROOT / "README.md"
 TESTS = "tests/benchmarks/results"
 ENGINES = "models/benchmark/results"
 REAL_RUN = "models/unet/results/real-64"
+FOLDS = "models/unet/results/real-96-fold0"
 COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
@@ -129,7 +136,7 @@ def commands() -> list[str]:
 
 
 def headlines() -> list[str]:
-    runs = {row["model"]: dice(row, "dice_network_") for row in read(COMPARISON)}
+    runs = {row["model"]: dice(row, "dice_") for row in read(COMPARISON)}
     config = json.loads((ROOT / REAL_RUN / "config.json").read_text(encoding="utf-8"))
     trained, tested = (len(config["split"][part]) for part in ("train", "test"))
     demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
@@ -140,19 +147,14 @@ def headlines() -> list[str]:
         ["Dice on the synthetic test cases of `make demo`", f"Swin UNETR: {dice(demo, 'swinunetr_')}",
          f"U-Net: {dice(demo, 'unet_')}", source(f"{TESTS}/demo.csv", [demo])],
     ]  # fmt: skip
-    for work, *cells, faster, _, link in [preprocessing(), *swinunetr()[:2]]:
-        times = ", ".join(f"{name}: {cell}" for name, cell in zip(SETS, cells, strict=True) if cell != "-")
-        lines.append([f"Stage {work}", times, faster, link])
+    work, *cells, faster, _, link = swinunetr()[1]
+    times = ", ".join(f"{name}: {cell}" for name, cell in zip(SETS, cells, strict=True) if cell != "-")
+    lines.append([f"Stage {work}", times, faster, link])
     names = ("ours", "ours, full", "monai", "monai, use_checkpoint")
     ours, ours_least, monai, monai_least = (f"{counted[name]:.1f} GiB" for name in names)
     lines.append(["Memory of a training step of Swin UNETR, 128³, bf16, counted (with checkpointing)",
                   f"{ours} ({ours_least})", f"MONAI: {monai} ({monai_least})",
                   source(f"{TESTS}/swinunetr_memory.csv", [counted])])  # fmt: skip
-    path = f"{TESTS}/round_trip.csv"
-    cases = {size: read(path, size=size) for size in ("128", "64")}
-    worst = {size: {name: min(float(row[name]) for row in rows) for name in REGIONS} for size, rows in cases.items()}
-    lines.append([f"Dice of the truth resized to 128³ and back, lowest of {len(cases['64'])} real cases",
-                  dice(worst["128"], ""), f"64³: {dice(worst['64'], '')}", f"[csv]({path})"])  # fmt: skip
     return table("result, here, comparison, source", lines)
 
 
@@ -162,11 +164,10 @@ def stages() -> list[str]:
         rows = read(f"{TESTS}/viewer_speed.csv", code="now")
         lines.append(timed(f"1 look: {work}", "viewer_speed.csv", rows, column, {}, device="instruction_set"))
     lines.append(preprocessing())
-    for work in ("flips, turns", "flips, turns, noise"):
-        rows = read(f"{TESTS}/training_input.csv", "device", work=work, stored="float16 + uint8")
-        rows = [row for row in rows if row["device"].endswith(" 1 threads")]
-        work = f"3 and 4, train: augment a case of 128³ ({work})"
-        lines.append(timed(work, "training_input.csv", rows, "ours_ms", {"monai_over_ours": "MONAI"}))
+    rows = read(f"{TESTS}/training_input.csv", "device", work="flips, turns, noise", stored="float16 + uint8")
+    rows = [row for row in rows if row["device"].endswith(" 1 threads")]
+    work = "3 and 4, train: augment a case of 128³"
+    lines.append(timed(work, "training_input.csv", rows, "ours_ms", {"monai_over_ours": "MONAI"}))
     for work, side, batch in (("training step", "64", "1"), ("inference", "96", "1")):
         wanted = {"network": "unet", "pass": work, "side": side, "batch": batch}
         rows = read(f"{TESTS}/small_convolutions.csv", "device", **wanted)
@@ -195,15 +196,24 @@ def swinunetr() -> list[list[str]]:
     return lines
 
 
-def comparison() -> list[str]:
+def cross_validation() -> list[str]:
+    path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
+    rows = read(path)
+    commit = json.loads((ROOT / FOLDS / "config.json").read_text(encoding="utf-8"))["git_commit"]
     lines = []
-    for row in read(COMPARISON):
-        scores = (row[f"dice_{space}_{region}"] for space in ("network", "native") for region in REGIONS)
-        minutes = f"{float(row['training_minutes']):.1f} min" if row["training_minutes"] else "-"
-        lines.append([row["run"], *(f"{float(score):.3f}" for score in scores), f"{int(row['parameters']) / 1e6:.1f} M",
-                      f"{float(row['gmac']):.1f}", f"{float(row['forward_seconds_per_case']):.2f} s", minutes])
-    native = ", ".join(f"{region} native" for region in REGIONS)
-    return table(f"run, {', '.join(REGIONS)}, {native}, parameters, GMAC, one case, training", lines)
+    for target in REGIONS:
+        cells = []
+        for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
+            values = [float(row[measure]) for row in rows if row["target"] == target and row[measure]]
+            low, high = mean_interval(np.array(values)) if values else (0, 0)
+            digits = 1 if measure.endswith("_mm") and not measure.startswith("nsd") else 3
+            interval = "" if measure == "ceiling_dice" else f" ({low:.{digits}f}-{high:.{digits}f})"
+            cells.append(f"{fmean(values):.{digits}f}{interval}" if values else "-")
+        lines.append([target, *cells])
+    lines[0].append(source(path, [{"commit": commit}]))
+    lines = [line + [""] * (8 - len(line)) for line in lines]
+    return table("mean of 12 cases (95 % interval), Dice, ceiling, HD95 in mm, NSD at 1 mm, lesion Dice of 2026, "
+                 "lesion Dice of 2023, source", lines)  # fmt: skip
 
 
 def engines() -> list[str]:
@@ -230,7 +240,7 @@ def engines() -> list[str]:
                  "equal labels, files to label map, source", lines)  # fmt: skip
 
 
-TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, comparison)}
+TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation)}
 
 
 def main() -> str | None:
