@@ -125,12 +125,14 @@ def table(caption: str, columns: list[str], rows: list[list[str]], names: int = 
                class_="scroll", tabindex=0, role="group", aria_label=caption)  # fmt: skip
 
 
-def figure(picture: bytes, caption: str, kind: str = "") -> Html:
-    """A PNG or JPEG below its caption; `kind` is the class of the element."""
+def figure(picture: bytes, caption: str, kind: str = "", lazy: bool = False) -> Html:
+    """A PNG or JPEG below its caption; `kind` is the class of the element. A `lazy` picture is drawn once it is scrolled
+    to, as is wise for hundreds of them; paper and pictures of the page lack it."""
     image = Image.open(io.BytesIO(picture))  # reads no more than the size
     source = f"data:image/{image.format.lower()};base64,{base64.b64encode(picture).decode()}"
     size = {"width": image.width, "height": image.height}
-    shown = start("img", alt=caption, **size, loading="lazy", decoding="async", src=source)
+    drawn = {"loading": "lazy", "decoding": "async"} if lazy else {"decoding": "sync"}
+    shown = start("img", alt=caption, **size, **drawn, src=source)
     return tag("figure", tag("figcaption", caption), tag("div", shown, class_="scroll"), class_=kind)
 
 

@@ -29,6 +29,7 @@ OF_RUNS = ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "les
 OF_CASES = ("dice", "hd95_mm", "lesion2026_dice")
 OF_A_CASE = ("dice", "ceiling_dice", "sensitivity", "precision", "hd95_mm", "nsd_1mm", "predicted_ml", "true_ml",
              "lesion2026_dice", "lesion2026_tp", "lesion2026_fp", "lesion2026_fn", "lesion2023_dice")  # fmt: skip
+MANY_CASES = 50  # whose pictures a browser need not draw all at once
 FEW_CASES = 6  # with fewer, no difference can reach p < 0.05
 
 
@@ -236,16 +237,16 @@ def _cases(rows: list[dict], cases: list[str], panels: dict) -> Iterator[Html]:
             overview.append([links[case], "no truth", *["–"] * (len(columns) - 2)])
     yield table("All cases, the lowest Dice first", columns, overview, names=2)
     for number, (case, by_run) in enumerate(of_cases.items(), start=1):
-        yield _case(number, case, by_run, panels)
+        yield _case(number, case, by_run, panels, lazy=len(cases) > MANY_CASES)
 
 
 def _named(run: str, by_target: dict) -> str:
     return f"{run} (trained on this patient)" if next(iter(by_target.values()))["trained_on"] else run
 
 
-def _case(number: int, case: str, by_run: dict, panels: dict) -> Html:
+def _case(number: int, case: str, by_run: dict, panels: dict, lazy: bool) -> Html:
     """The pictures and scores of a case under every run."""
-    pictures = (figure(of_cases[case], run) for run, of_cases in panels.items() if case in of_cases)
+    pictures = (figure(of_cases[case], run, lazy=lazy) for run, of_cases in panels.items() if case in of_cases)
     parts = [tag("h3", case), tag("div", *pictures, class_="panels")]
     rows = []
     for run, by_target in by_run.items():
