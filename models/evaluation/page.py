@@ -126,8 +126,8 @@ def table(caption: str, columns: list[str], rows: list[list[str]], names: int = 
 
 
 def figure(picture: bytes, caption: str, kind: str = "", lazy: bool = False) -> Html:
-    """A PNG or JPEG below its caption; `kind` is the class of the element. A `lazy` picture is drawn once it is scrolled
-    to, as is wise for hundreds of them; paper and pictures of the page lack it."""
+    """A PNG or JPEG below its caption; `kind` is the class of the element. A `lazy` picture is not drawn before it is
+    scrolled to, which pays where there are hundreds."""
     image = Image.open(io.BytesIO(picture))  # reads no more than the size
     source = f"data:image/{image.format.lower()};base64,{base64.b64encode(picture).decode()}"
     size = {"width": image.width, "height": image.height}
