@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import nibabel
@@ -129,6 +129,24 @@ def test_a_tensor_is_predicted_as_it_is(tensors):
     assert np.array_equal(segmented.maps["prediction"], expected)
     with pytest.raises(InputError, match="--size 64"):
         segment_scene(segmenter_of(BrightT1ce(), size=64), load_tensor(path))
+
+
+def test_a_run_on_native_cases_predicts_a_tensor_of_any_size_in_its_windows(tensors):
+    scene, windows = load_tensor(tensors / "BraTS2021_00003.pt"), set()  # 32 x 32 x 32
+    segmenter = segmenter_of(BrightT1ce())
+    segmenter.network.register_forward_pre_hook(lambda _, inputs: windows.add(tuple(inputs[0].shape[2:])))
+    of_patches = replace(segmenter.run, size=[16, 16, 16], preprocessing=segmenter.run.preprocessing | {"size": None})
+    segmented = segment_scene(replace(segmenter, run=of_patches), scene)
+    expected = segment_scene(segmenter_of(BrightT1ce()), scene)
+    assert windows == {(16, 16, 16)}
+    assert np.array_equal(segmented.maps["prediction"], expected.maps["prediction"])
+
+
+def test_a_run_on_whole_files_predicts_no_cropped_tensor(tensors):
+    segmenter = segmenter_of(BrightT1ce())
+    of_files = replace(segmenter.run, preprocessing=segmenter.run.preprocessing | {"size": None, "crop": False})
+    with pytest.raises(InputError, match="stub predicts whole files"):
+        segment_scene(replace(segmenter, run=of_files), load_tensor(tensors / "BraTS2021_00003.pt"))
 
 
 class Held(BrightT1ce):

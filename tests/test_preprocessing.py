@@ -61,6 +61,15 @@ def test_with_the_crop_alone_a_label_map_comes_back_exactly(codes):
     assert np.array_equal(back.numpy(), label)
 
 
+def test_without_the_crop_the_whole_head_is_kept():
+    image, label = head()
+    result = to_network(image, label, affine_of("LPS"), size=None, crop=False, normalize="zscore")
+    foreground = image[:, ::-1, ::-1]  # the RAS axes of an LPS file
+    expected = NormalizeIntensity(nonzero=True, channel_wise=True)(foreground.astype(np.float32).copy())
+    torch.testing.assert_close(result["image"], torch.as_tensor(expected), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label)
+
+
 def scaled(volume: np.ndarray) -> np.ndarray:
     """One modality to 0-1 between the percentiles of its non-zero voxels, as the README says it."""
     low, high = np.percentile(volume[volume != 0], (0.5, 99.5))
