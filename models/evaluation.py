@@ -7,6 +7,7 @@ probabilities are averaged.
 import csv
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,8 @@ def predict_cases(
     case. `engine` and `amp` are --engine and --amp."""
     dtypes = [inference_dtype(amp, run.amp, device) for _, run in members]
     image = load_case(data / f"{names[0]}.pt")["image"].to(device)
-    networks = [choose_engine(network, engine, dtype, image.shape[-1], device)
-                for (network, _), dtype in zip(members, dtypes, strict=True)]  # fmt: skip
+    networks = [choose_engine(network, engine, dtype, image.shape[-1], device, run=replace(run, data=data))
+                for (network, run), dtype in zip(members, dtypes, strict=True)]  # fmt: skip
     for network, dtype in zip(networks, dtypes, strict=True):
         predict(network, image, dtype)  # the first pass of a process is slower: it is not timed
     for name in names:
