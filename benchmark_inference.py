@@ -3,13 +3,15 @@
 
 A row is a network, an engine, a number type, a batch and a size, in a process of its own. MONAI's classes run beside
 ours with the same weights. Engines: eager, fused, compile, cudagraph, aot, onnx, openvino. Types: float32, tf32, bf16,
-fp16. What this machine cannot run is listed with the reason, and so is a type that it only emulates, which runs if
---dtypes names it. --out gets figures and a CSV named after device and torch, to which every run appends; the last line
+fp16, int8. What this machine cannot run is listed with the reason, and so is a type that it only emulates, which runs
+if --dtypes names it. int8 also runs only if it is named, with openvino, and for a --run whose training cases are there:
+they calibrate it. --out gets figures and a CSV named after device and torch, to which every run appends; the last line
 on stdout is one JSON object.
 
   python benchmark_inference.py --case data/BraTS2021_Training_Data/BraTS2021_00000 --profile   (one GPU)
   python benchmark_inference.py --size 64 96 128 --batch-sizes 1 2 4 --engines fused cudagraph  (memory and throughput)
   python benchmark_inference.py --size 64 --feature-size 12 --engines eager fused               (a minute on a CPU)
+  python benchmark_inference.py --run RUN --engines openvino --dtypes float32 int8
 """
 
 import json

@@ -96,11 +96,13 @@ def usable_cpus() -> int:
 
 
 def add_engine_argument(parser):
-    # The names of models.inference.engines.ENGINES, which cannot be imported here: it needs torch.
+    # The names of models.inference.availability.ENGINES, which cannot be imported here: it needs torch.
     parser.add_argument("--engine", default="auto",
-                        choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino"),
+                        choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino",
+                                 "openvino-int8"),
                         help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "
-                             "this CPU, else the modules")
+                             "this CPU, else the modules; openvino-int8: faster still, but no longer the network as "
+                             "trained: rounded to 8 bits, calibrated with the training cases of the run")
 
 
 # ---- training flags ------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from models.benchmark import figures, jobs, profiling, table, worker
 from models.benchmark.table import COLUMNS, Row
 from models.benchmark.worker import DeviceSpeed, Job, Model, Result
 from models.brats import MODALITIES, find_cases, read_case
-from models.inference.engines import ENGINES, with_attention
+from models.errors import InputError
+from models.inference.availability import ENGINES
+from models.inference.engines import with_attention
 from models.inference.exports import FORMAT
 from models.inference.predict import predict
 from models.preprocessing import to_native, to_network
@@ -110,6 +112,22 @@ def test_a_type_that_is_only_emulated_is_listed_and_runs_where_it_is_asked_for(m
     assert asked.dtype == "bf16" and asked.not_run is None
 
 
+def test_an_engine_that_nobody_named_may_be_unable_to_run():
+    made = jobs.make_jobs([UNET], dtypes=["float32"], **SETTING, **SHARED)
+    assert {job.engine for job in made} == {*ENGINES} and not made[0].not_run
+
+
+def test_int8_is_listed_as_not_run_where_no_cases_can_calibrate_it(trained, monkeypatch):
+    monkeypatch.setattr(jobs, "why_not", lambda *_: None)
+    run = jobs.model_of(trained, [32], [1], "cpu")
+    asked = SETTING | SHARED | {"engines": ["openvino"], "dtypes": ["int8"]}
+    with pytest.raises(InputError, match=r"--dtypes int8: cannot run here: .*config\.json names no training cases"):
+        jobs.make_jobs([run], **asked)
+    monkeypatch.setattr(jobs, "calibration_images", lambda run: [])
+    reasons = [job.not_run for job in jobs.make_jobs([UNET, run], **asked)]
+    assert reasons == ["its weights are random: int8 is calibrated with the training cases of a run", None]
+
+
 def test_monais_classes_run_beside_ours_with_the_same_weights():
     chosen = jobs.choose_models(None, [], feature_size=12, **SETTING)
     assert [model.name for model in chosen] == ["unet", "swinunetr", "monai-unet", "monai-swinunetr"]
@@ -183,9 +201,10 @@ def test_a_second_run_is_appended_and_adds_the_figure_over_the_batch(first):
 
 REFUSED = [
     (("--engines", "tensorrt"), "there is no 'tensorrt'. There are: eager"),
-    (("--dtypes", "int8"), "there is no 'int8'. There are: float32"),
+    (("--dtypes", "int4"), "there is no 'int4'. There are: float32"),
     (("--dtypes", "fp16", "--device", "cpu"), "--dtypes fp16: cannot run here: fp16 is offered on CUDA only"),
-    (("--engines", "cudagraph", "--device", "cpu"), "--engines cudagraph --dtypes float32: cannot run here: CUDA"),
+    (("--engines", "eager", "--dtypes", "int8"), "--engines eager --dtypes int8: cannot run here: int8 is offered by"),
+    (("--engines", "cudagraph", "--device", "cpu"), "--engines cudagraph: cannot run here: CUDA graphs need"),
     (("--models", "monai-swinunetr", "--engines", "aot"), "--engines aot: MONAI's networks run in eager, fused"),
     (("--size", "16"), "--size 16: unet cannot run on it (Expected more than 1 spatial element"),
     (("--size", "40"), "--size 40: unet needs a multiple of 16"),

@@ -17,8 +17,9 @@ from models import build_model, cli
 from models.brats import MODALITIES, find_cases, read_case, read_nifti
 from models.device import DTYPES
 from models.errors import InputError
-from models.inference import engines, exports
-from models.inference.engines import ENGINES, load_engine, load_exported, why_not
+from models.inference import availability, engines, exports
+from models.inference.availability import ENGINES, why_not
+from models.inference.engines import load_engine, load_exported
 from models.inference.predict import Member, predict, segment, segment_case
 from models.preprocessing import to_native, to_network
 from models.runs import CHECKPOINT_FORMAT
@@ -256,23 +257,30 @@ def test_a_machine_without_a_compiler_says_so(swin, monkeypatch, tmp_path):
 
 
 def test_a_machine_without_onnx_or_openvino_names_the_packages(swin, monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert why_not("onnx", "float32", CPU, swin) == "pip install onnx onnxscript onnxruntime"
     assert why_not("openvino", "float32", CPU, swin) == "pip install onnx onnxscript openvino"
+    assert why_not("openvino", "int8", CPU, swin) == "pip install onnx onnxscript openvino nncf"
 
 
 def test_openvino_computes_on_a_cpu_and_in_types_that_it_multiplies(swin, monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: True)
+    monkeypatch.setattr(availability, "find_spec", lambda name: True)
     assert "CPU" in why_not("openvino", "float32", torch.device("cuda"), swin)
-    monkeypatch.setattr(engines, "native_dtypes", lambda device: {torch.float32})
+    monkeypatch.setattr(availability, "native_dtypes", lambda device: {torch.float32})
     assert "bf16 only where the processor multiplies it" in why_not("openvino", "bf16", CPU, swin)
-    monkeypatch.setattr(engines, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    assert why_not("openvino", "int8", CPU, swin) is None
+    monkeypatch.setattr(availability, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
     assert why_not("openvino", "bf16", CPU, swin) is None
 
 
-@pytest.mark.parametrize(("engine", "dtype"), [("tensorrt", "float32"), ("eager", "int8")])
+def test_int8_is_offered_by_openvino_only(swin):
+    reasons = {why_not(engine, "int8", CPU, swin) for engine in ENGINES if engine != "openvino"}
+    assert reasons == {"int8 is offered by the engine openvino only"}
+
+
+@pytest.mark.parametrize(("engine", "dtype"), [("tensorrt", "float32"), ("eager", "int4")])
 def test_an_engine_or_a_type_that_does_not_exist_is_refused(swin, engine, dtype, cache):
-    with pytest.raises(InputError, match=r"there is no '(tensorrt|int8)'\. There are: "):
+    with pytest.raises(InputError, match=r"there is no '(tensorrt|int4)'\. There are: "):
         load(swin, engine, cache, dtype, fallback=True)
 
 
@@ -327,6 +335,7 @@ def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
 ):
     def in_turns(networks, *_):
         assert networks["openvino"].engine == "openvino" and networks["modules"] is unet
+        assert networks["openvino"].dtype == "float32"  # never int8: that is no longer the network as trained
         return {name: 1.0 if name == faster else 2.0 for name in networks}
 
     monkeypatch.setattr(engines, "_in_turns", in_turns)
@@ -340,7 +349,7 @@ def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
 
 
 def test_without_openvino_the_modules_predict(unet, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path) is unet
 
 
@@ -359,7 +368,7 @@ def test_the_flag_names_every_engine():
     parser = ArgumentParser()
     cli.add_engine_argument(parser)
     (action,) = [action for action in parser._actions if action.dest == "engine"]
-    assert action.choices == ("auto", *ENGINES)
+    assert action.choices == ("auto", *ENGINES, "openvino-int8")
 
 
 # ---- from a checkpoint, and to a label map -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ENGINE_COLORS = {
     "onnx": "#E69F00", "openvino": "#D55E00",
 }  # fmt: skip
 STAGE_COLORS = ("#56B4E9", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999")
-DTYPE_LINES = {"float32": "-", "tf32": "-.", "bf16": "--", "fp16": ":"}
+DTYPE_LINES = {"float32": "-", "tf32": "-.", "bf16": "--", "fp16": ":", "int8": (0, (4, 1, 1, 1, 1, 1))}
 MARKERS = "osD^vP*X"
 
 
@@ -140,7 +140,7 @@ def speed_accuracy(rows: list[Row], path, title: str):
     for number, model in enumerate(models):
         axes.plot([], [], MARKERS[number % len(MARKERS)], color="black", ls="none", label=model)
     beside = {"frameon": False, "bbox_to_anchor": (1.01, 1), "loc": "upper left"}
-    named = axes.legend(title="run; hollow: half precision", **beside)
+    named = axes.legend(title="run; hollow: 16 bits or 8", **beside)
     axes.add_artist(named)
     engines = dict.fromkeys(row.engine for row in rows)
     shown = [Patch(color=ENGINE_COLORS[engine], label=engine) for engine in engines]

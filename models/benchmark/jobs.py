@@ -12,14 +12,15 @@ import torch
 from models import size_multiple
 from models.benchmark.profiling import unavoidable_values
 from models.benchmark.table import Row, is_baseline, row_name
-from models.benchmark.worker import MONAI, Job, Model, make_network, measure
+from models.benchmark.worker import MONAI, Job, Model, make_network, measure_profile
 from models.brats import LABELS
 from models.cost import forward_macs, parameter_count
 from models.device import DTYPES, native_dtypes
 from models.errors import InputError, one_line
-from models.inference.engines import ENGINES, why_not
+from models.inference.availability import ENGINES, why_not
 from models.inference.exports import read_header
 from models.inference.predict import refuse_unknown_preprocessing
+from models.inference.quantisation import calibration_images
 from models.runs import open_run
 
 MONAI_ENGINES = ("eager", "fused", "compile")
@@ -116,7 +117,10 @@ def make_jobs(
         for size, batch, engine in product(sizes, batch_sizes, model.engines or engines or ENGINES):
             for dtype in asked or native:
                 reason = why_not(engine, dtype, place, network)
-                reasons.setdefault(f"--engines {engine} --dtypes {dtype}", []).append(reason)
+                if dtype == "int8":
+                    reason = reason or why_not_calibrated(model)
+                named = [f"--engines {engine}"] * bool(engines) + [f"--dtypes {dtype}"] * bool(dtypes)
+                reasons.setdefault(" ".join(named), []).append(reason)
                 setting = {"engine": engine, "dtype": dtype, "batch": batch, "size": size}
                 jobs.append(job_of(**setting, **costs[size], not_run=reason))
         setting = {"engine": "all", "batch": batch_sizes[0], "size": sizes[0], **costs[sizes[0]]}
@@ -127,6 +131,17 @@ def make_jobs(
             if all(given):
                 raise InputError(f"{flags}: cannot run here: {given[0]}.")
     return jobs
+
+
+def why_not_calibrated(model: Model) -> str | None:
+    """Why a network cannot be calibrated for int8, or None if it can."""
+    if model.source is None:
+        return "its weights are random: int8 is calibrated with the training cases of a run"
+    try:
+        calibration_images(open_run(model.source))
+    except InputError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def cost_of(network: torch.nn.Module, size: int) -> dict[str, int]:
@@ -157,7 +172,6 @@ def profile_networks(jobs: list[Job], rows: list[Row], stem: Path) -> dict[str, 
         for when, candidates in (("before", before), ("after", after)):
             if candidates:
                 row, job = min(candidates, key=lambda pair: pair[0].p50_ms)
-                result = measure(replace(job, profile=f"{stem}-{network}-{when}"))
-                if result.status == "ok":
-                    spent_ms.setdefault(network, {})[row_name(row)] = result.spent_ms
+                if spent := measure_profile(replace(job, profile=f"{stem}-{network}-{when}")):
+                    spent_ms.setdefault(network, {})[row_name(row)] = spent
     return spent_ms

@@ -42,15 +42,16 @@ def matrix_peak_tflops(dtype: str, device: torch.device) -> float:
     """
     largest = 16384 if device.type == "cuda" else 2048
     best, side, began = 0.0, 256, None
+    multiply = torch._int_mm if dtype == "int8" else torch.matmul  # which would add up in 8 bits
     while side <= largest:
         # Random numbers: a GPU that multiplies zeros draws less power and runs faster.
         a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
         with float32_multiplication(tf32=dtype == "tf32"):
-            (a @ b).sum().item()  # libraries load at the first use
+            multiply(a, b).sum().item()  # libraries load at the first use
             began = began or time.perf_counter()
             counts = 4 * side >= largest  # the smaller ones only lead there
             timing = {"repeats": 30, "max_seconds": 0.5} if counts else {"repeats": 2, "warmup_s": 0}
-            times = latencies_ms(lambda _, a=a, b=b: a @ b, [a, b], min_repeats=1, **timing)
+            times = latencies_ms(lambda _, a=a, b=b: multiply(a, b), [a, b], min_repeats=1, **timing)
         best = max(best, 2 * side**3 / (1e9 * min(times)))
         next_s = 8 * min(times) / 1e3
         if time.perf_counter() - began + 3 * max(next_s, 0.3) > PEAK_S:  # loading, warming up, and one that counts

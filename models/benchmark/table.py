@@ -17,8 +17,8 @@ from models.files import git_commit, write_csv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A row of the table. The fields are its columns, in this order; what was not measured is None."""
+class Setting:
+    """When, on what and with what a row was measured."""
 
     date: str
     commit: str | None
@@ -28,35 +28,22 @@ class Row:
     network: str
     engine: str
     dtype: str
-    layout: str | None = None
-    kernels: str | None = None
     batch: int
     size: int
-    status: str
-    p50_ms: float | None = None
-    p90_ms: float | None = None
-    p99_ms: float | None = None
-    mean_ms: float | None = None
-    sd_ms: float | None = None
-    repeats: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Result, Setting):  # dataclasses take the fields of the last base first
+    """A row of the table. Its columns are the fields of Setting, of Result, and these; what is not known is None."""
+
     volumes_per_s: float | None = None
     times_faster_than_monai_eager: float | None = None
-    peak_gib: float | None = None
     parameters: int | None = None
     gmac_per_volume: float | None = None
     matrix_peak_tflops: float | None = None
     matrix_peak_share: float | None = None
     bandwidth_gb_s: float | None = None
     floor_ms: float | None = None
-    first_use_s: float | None = None
-    max_logit_difference: float | None = None
-    label_agreement: float | None = None
-    dice: float | None = None
-    load_ms: float | None = None
-    preprocess_ms: float | None = None
-    forward_ms: float | None = None
-    postprocess_ms: float | None = None
-    write_ms: float | None = None
     command: str
 
 
@@ -68,12 +55,11 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 def make_row(job: Job, result: Result, speed: DeviceSpeed, circumstances: dict) -> Row:
     """A row from a job, what came of it, what the device can do, and the date and such (see `describe_run`)."""
-    measured = {name: value for name, value in asdict(result).items() if name in COLUMNS}
     peak, bandwidth = speed.peak_tflops.get(job.dtype), speed.bandwidth_gb_s
     macs, values = job.macs * job.batch, job.values * job.batch
     row = Row(
         **circumstances,
-        **measured,
+        **asdict(result),
         model=job.model.name,
         network=job.model.network,
         engine=job.engine,
@@ -84,7 +70,6 @@ def make_row(job: Job, result: Result, speed: DeviceSpeed, circumstances: dict) 
         gmac_per_volume=job.macs / 1e9,
         matrix_peak_tflops=peak,
         bandwidth_gb_s=bandwidth,
-        dice=job.model.dice,
     )
     if peak is not None:  # a type in which no row runs is not measured
         row = replace(row, floor_ms=floor_ms(macs, values, DTYPES[job.dtype].itemsize, peak, bandwidth))

@@ -12,7 +12,9 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from types import MethodType
 
 import torch
@@ -21,13 +23,17 @@ from monai.networks.nets import SwinUNETR, UNet
 from models import build_model
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops, profile
 from models.brats import find_cases
+from models.dataset import load_case
 from models.device import choose_device, float32_multiplication, keep_freed_memory, peak_memory_gib, reset_peak_memory
 from models.errors import InputError, one_line
 from models.files import ROOT
 from models.inference.engines import Engine, load_engine, with_attention
-from models.inference.predict import Member, member_of, segment_case
+from models.inference.predict import Member, member_of, predict, segment_case
+from models.inference.quantisation import as_input, calibration_images
 from models.losses import labels_from_logits
-from models.runs import load_model, open_run
+from models.metrics import confusion, dice_per_target, mean_label_dice
+from models.preprocessing import label_map
+from models.runs import Run, load_model, open_run
 from models.timing import latencies_ms, stage_durations_ms, summary_of
 
 MONAI = "monai-"  # before the name of a model: MONAI's own class with the same weights
@@ -68,14 +74,16 @@ class Job:
     case: str | None = None  # folder of a raw case
     labels: str | None = None  # the scheme of its label values, where its file names do not say
     not_run: str | None = None  # why it cannot run here
-    profile: str | None = None  # path without suffix: profile the passes to there and measure nothing else
+    profile: str | None = None  # path without suffix, for `measure_profile`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a job."""
+    """What came of a job; what was not measured is None."""
 
     status: str  # "ok", or "not run", "out of memory" or "failed" with the reason
+    layout: str | None = None
+    kernels: str | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
     p99_ms: float | None = None
@@ -83,17 +91,15 @@ class Result:
     sd_ms: float | None = None
     repeats: int | None = None
     peak_gib: float | None = None
-    layout: str | None = None
-    kernels: str | None = None
     first_use_s: float | None = None
     max_logit_difference: float | None = None
     label_agreement: float | None = None
+    dice: float | None = None  # of the labels, the mean over the test cases of the run
     load_ms: float | None = None
     preprocess_ms: float | None = None
     forward_ms: float | None = None
     postprocess_ms: float | None = None
     write_ms: float | None = None
-    spent_ms: dict[str, float] | None = None  # by category, of a profile
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,12 @@ def measure(job: Job) -> Result:
     if job.not_run:
         return Result(status=f"not run: {job.not_run}")
     return Result(**in_own_process("row", asdict(job)))
+
+
+def measure_profile(job: Job) -> dict[str, float]:
+    """Milliseconds of a pass by category, as a new process finds them, which writes the profile to `job.profile` (see
+    `profiling.profile`); empty where it fails."""
+    return in_own_process("profile", asdict(job)).get("spent_ms", {})
 
 
 def measure_speed(device: str, dtypes: list[str]) -> DeviceSpeed:
@@ -145,7 +157,8 @@ def answer_to(task: str, request: dict) -> dict:
     try:
         if task == "device":
             return {"status": "ok", **asdict(device_speed(torch.device(request["device"]), request["dtypes"]))}
-        return asdict(measure_row(Job(**request | {"model": Model(**request["model"])})))
+        job = Job(**request | {"model": Model(**request["model"])})
+        return {"spent_ms": profile_row(job)} if task == "profile" else asdict(measure_row(job))
     except Exception as error:  # whatever a compiler or a driver raises is this row's result, not the benchmark's end
         return {"status": status_of(error)}
 
@@ -165,32 +178,47 @@ def device_speed(device: torch.device, dtypes: list[str]) -> DeviceSpeed:
 
 
 def measure_row(job: Job) -> Result:
-    device = choose_device(job.device)
-    keep_freed_memory(not job.model.name.startswith(MONAI))  # MONAI's classes run as they come
-    torch.manual_seed(1)
-    shape = (job.batch, 4, *[job.size] * 3)
-    images = [torch.rand(shape, device=device) for _ in range(IMAGES)]
-    if job.profile and device.type == "cpu":
-        torch._inductor.config.cpp.enable_kernel_profile = True  # or a compiled network is one block in the profile
-    network = None if is_exported(job.model) else make_network(job.model)
-    if job.model.name.startswith(MONAI):
-        network = monai_twin(network)
-    source = job.model.source if network is None else network
-    setting = {"shape": shape, "device": device, "cache": Path(job.cache), "fallback": False}
-    engine = load_engine(source, job.engine, job.dtype, job.layout, **setting)
+    network, engine, images = prepare(job)
+    device = images[0].device
     reset_peak_memory(device)
     measured = summary_of(latencies_ms(engine, images, job.repeats, job.max_seconds))
     measured |= {"peak_gib": peak_memory_gib(device), "layout": engine.layout, "kernels": engine.kernels,
-                 "first_use_s": engine.first_use_s}  # fmt: skip
-    if job.profile:
-        return Result(status="ok", **measured, spent_ms=profile(engine, images[0], Path(job.profile)))
+                 "first_use_s": engine.first_use_s, "dice": job.model.dice}  # fmt: skip
     if job.case and job.batch == 1:
         measured |= {f"{stage}_ms": duration for stage, duration in measure_case(job, engine, device).items()}
     if network is not None:
         with torch.inference_mode(), float32_multiplication(tf32=False):
             reference = with_attention(network, "reference").to(device)(images[0])
         measured |= parity(engine(images[0]), reference)
+    if job.dtype == "int8":  # no longer the network that the training script tested
+        measured["dice"] = mean_dice_of_engine(engine, open_run(job.model.source)) if job.batch == 1 else None
     return Result(status="ok", **measured)
+
+
+def profile_row(job: Job) -> dict[str, float]:
+    if job.device == "cpu":
+        torch._inductor.config.cpp.enable_kernel_profile = True  # or a compiled network is one block in the profile
+    _, engine, images = prepare(job)
+    return profile(engine, images[0], Path(job.profile))
+
+
+def prepare(job: Job) -> tuple[torch.nn.Module | None, Engine, list[torch.Tensor]]:
+    """The network, which is None where there is nothing but a .pt2 file of it, its engine, and IMAGES inputs: random
+    ones, or for int8, which is right only within the range of its calibration, training cases."""
+    device = choose_device(job.device)
+    keep_freed_memory(not job.model.name.startswith(MONAI))  # MONAI's classes run as they come
+    torch.manual_seed(1)
+    shape = (job.batch, 4, *[job.size] * 3)
+    calibration = calibration_images(open_run(job.model.source)) if job.dtype == "int8" else []
+    images = [as_input(image, shape) for image in islice(cycle(calibration), IMAGES)]
+    images = images or [torch.rand(shape, device=device) for _ in range(IMAGES)]
+    network = None if is_exported(job.model) else make_network(job.model)
+    if job.model.name.startswith(MONAI):
+        network = monai_twin(network)
+    source = job.model.source if network is None else network
+    setting = {"shape": shape, "device": device, "cache": Path(job.cache), "fallback": False}
+    engine = load_engine(source, job.engine, job.dtype, job.layout, **setting, calibration=calibration)
+    return network, engine, images
 
 
 def is_exported(model: Model) -> bool:
@@ -230,6 +258,17 @@ def parity(logits: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
         "max_logit_difference": (logits.float() - reference).abs().max().item(),
         "label_agreement": (labels_from_logits(logits) == labels_from_logits(reference)).double().mean().item(),
     }
+
+
+def mean_dice_of_engine(engine: Engine, run: Run) -> float | None:
+    """The mean Dice of the three labels over the run's test cases, as the engine segments them; None where there are
+    none."""
+    dice = []
+    for name in run.split["test"]:
+        case = load_case(run.data / f"{name}.pt")
+        prediction = label_map(predict(engine, case["image"]))
+        dice.append(mean_label_dice(dice_per_target(confusion(prediction, case["label"][0]))))
+    return fmean(dice) if dice else None
 
 
 def measure_case(job: Job, engine: Engine, device: torch.device) -> dict[str, float]:

@@ -172,7 +172,8 @@ def nifti_folder(options: Options, entries: list[Entry], entry: Entry) -> Path |
 def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device) -> Member:
     """A run's network, or the engine made of it, as its record wants it to be used; the first pass is over."""
     dtype = inference_dtype(options.amp, run.amp, device)
-    member = member_of(run, choose_engine(network, options.engine, dtype, shape[-1], device), dtype)
+    network = choose_engine(network, options.engine, dtype, shape[-1], device, run=run)
+    member = member_of(run, network, dtype)
     predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all others: not timed
     return member if options.overlap is None else replace(member, overlap=options.overlap)
 

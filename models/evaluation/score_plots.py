@@ -35,7 +35,7 @@ def draw_scores(rows: list[dict], counts: dict[str, np.ndarray], out: Path, titl
     dice_over_volume(main_rows(rows), out / "dice_over_volume.png", title)
     if counts:
         figures["Reliability of the probabilities"] = out / "reliability.png"
-        reliability(counts, out / "reliability.png", title)
+        reliability(counts, out / "reliability.png", f"{title}; probabilities in network space")
     return figures
 
 

@@ -18,10 +18,9 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,30 +33,24 @@ import torch._inductor  # where torch keeps what compiles ahead of time
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.device import DTYPES, float32_multiplication, native_dtypes
+from models.device import DTYPES, float32_multiplication
 from models.errors import InputError, one_line
 from models.files import write_atomically
+from models.inference.availability import why_not
 from models.inference.exports import (
     FORMAT,
+    SESSIONS,
     compiled_ahead_of_time,
-    exported_to_onnx,
+    export_to_onnx,
     header_of,
     machine_of,
     read_header,
 )
 from models.inference.predict import predict
-from models.runs import load_model
+from models.inference.quantisation import calibration_images, quantise
+from models.runs import Run, load_model
 from models.timing import latencies_ms
 
-ENGINES = {
-    "eager": "the modules as they are, attention written out",
-    "fused": "the modules with fused attention kernels",
-    "compile": "fused attention and torch.compile for one shape",
-    "cudagraph": "the compiled network recorded as one CUDA graph",
-    "aot": "compiled ahead of time to a .pt2 file, which runs without the model code",
-    "onnx": "exported to an .onnx file, run by onnxruntime",
-    "openvino": "exported to an .onnx file, run by OpenVINO (CPU only)",
-}
 FALLBACK = {
     "cudagraph": "compile", "aot": "compile", "compile": "fused", "onnx": "fused", "openvino": "fused",
     "fused": "eager",
@@ -109,6 +102,7 @@ def load_engine(
     device="cpu",
     cache: Path = CACHE,
     fallback: bool = True,
+    calibration: Sequence[Tensor] = (),
 ) -> Engine:
     """The one way from a trained run, an exported file or a network to an engine.
 
@@ -116,6 +110,7 @@ def load_engine(
         source: a run's folder, its checkpoint, a `.pt2` file that the "aot" engine made, or a network.
         layout: one of LAYOUTS, or "auto": the faster of them here.
         fallback: where the engine cannot run, say so on stderr and take the next slower one; else raise InputError.
+        calibration: for int8: images [4, D, H, W] in network space, see `quantisation.calibration_images`.
     """
     device = torch.device(device)
     if str(source).endswith(".pt2") and not isinstance(source, nn.Module):
@@ -126,7 +121,7 @@ def load_engine(
         try:
             if reason := why_not(engine, dtype, device, model):
                 raise InputError(f"the engine {engine} in {dtype} cannot run here: {reason}.")
-            return _load(model, engine, dtype, layout, tuple(shape), device, Path(cache))
+            return _load(model, engine, dtype, layout, tuple(shape), device, Path(cache), calibration)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler has a thousand ways to fail, and each is a reason to do without it
@@ -136,69 +131,20 @@ def load_engine(
             engine = FALLBACK[engine]
 
 
-def why_not(engine: str, dtype: str, device: torch.device, model: nn.Module) -> str | None:
-    """Why this machine cannot run the network so, or None if it can. InputError for an unknown engine or type."""
-    for flag, name, known in (("--engines", engine, ENGINES), ("--dtypes", dtype, DTYPES)):
-        if name not in known:
-            raise InputError(f"{flag}: there is no {name!r}. There are: {', '.join(known)}.")
-    cuda = device.type == "cuda"
-    if not cuda and dtype in ("tf32", "fp16"):
-        return f"{dtype} is offered on CUDA only; a CPU has float32 and bf16"
-    if cuda and dtype in ("tf32", "bf16") and torch.cuda.get_device_capability(device)[0] < 8:
-        return f"{dtype} needs a GPU of compute capability 8.0 or later"
-    if engine == "fused" and not hasattr(model, "set_attention"):
-        return "the network has no attention"
-    if engine == "cudagraph" and not cuda:
-        return "CUDA graphs need a CUDA device"
-    if engine in ("compile", "cudagraph", "aot"):
-        return _why_not_compile(cuda, ahead_of_time=engine == "aot")
-    if engine == "openvino":
-        return _why_not_openvino(dtype, device)
-    return _why_not_onnx(dtype, cuda) if engine == "onnx" else None
-
-
-def _why_not_compile(cuda: bool, ahead_of_time: bool) -> str | None:
-    if cuda and find_spec("triton") is None:
-        return "torch.compile on CUDA needs the package triton"
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if (ahead_of_time or not cuda) and not any(map(shutil.which, compilers)):
-        return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
-    return None
-
-
-def _why_not_onnx(dtype: str, cuda: bool) -> str | None:
-    if missing := _missing("onnx", "onnxscript", "onnxruntime"):
-        return missing
-    if dtype == "bf16":
-        return "onnxruntime has no convolution in bf16"
-    if cuda:
-        import onnxruntime  # an optional package
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return "pip install onnxruntime-gpu"
-    return None
-
-
-def _why_not_openvino(dtype: str, device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "OpenVINO runs on a CPU here"
-    if missing := _missing("onnx", "onnxscript", "openvino"):
-        return missing
-    if DTYPES[dtype] not in native_dtypes(device):
-        return f"OpenVINO computes in {dtype} only where the processor multiplies it"
-    return None
-
-
-def _missing(*packages: str) -> str | None:
-    missing = [name for name in packages if find_spec(name) is None]
-    return f"pip install {' '.join(missing)}" if missing else None
-
-
-def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE):
+def choose_engine(
+    model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE, run: Run | None = None
+):
     """What is to predict cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where it can run and
-    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`."""
+    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`.
+
+    "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless somebody asks for
+    something else, a score is that of the network as it was trained.
+    """
     dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     shape = (1, 4, size, size, size)
+    if engine == "openvino-int8":
+        images = calibration_images(run) if run else ()
+        return load_engine(model, "openvino", "int8", shape=shape, device=device, cache=cache, calibration=images)
     if engine != "auto":
         return load_engine(model, engine, dtype, shape=shape, device=device, cache=cache)
     if why_not("openvino", dtype, device, model):
@@ -223,8 +169,10 @@ def choose_engine(model, engine: str, amp_dtype, size: int, device: torch.device
 
 
 def engine_name(network) -> str:
-    """What runs a network: the name of its engine, or "modules"."""
-    return network.engine if isinstance(network, Engine) else "modules"
+    """What runs a network: its engine, as --engine names it, or "modules"."""
+    if not isinstance(network, Engine):
+        return "modules"
+    return f"{network.engine}-int8" if network.dtype == "int8" else network.engine
 
 
 def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
@@ -248,7 +196,9 @@ class Variant(NamedTuple):
     compiled: bool = False
 
 
-def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.device, cache: Path) -> Engine:
+def _load(
+    model, engine: str, dtype: str, layout: str, shape, device: torch.device, cache: Path, calibration
+) -> Engine:
     start = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
     # A folder for each instruction set: torch finds what it compiled for another one, and that computes nonsense here.
@@ -257,7 +207,7 @@ def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.devi
     torch.backends.cudnn.benchmark = True  # one shape: the search for the fastest convolution pays at once
     image = torch.rand(shape, device=device)
     variant = _fastest(model, engine, dtype, layout, image, cache)
-    made = _make(model, engine, dtype, variant, image, cache)
+    made = _make(model, engine, dtype, variant, image, cache, calibration)
     made(image)
     seconds = time.perf_counter() - start
     chosen = f"{variant.layout}, {variant.kernels} kernels{', compiled' * variant.compiled}"
@@ -265,7 +215,7 @@ def _load(model, engine: str, dtype: str, layout: str, shape, device: torch.devi
     return replace(made, first_use_s=seconds)
 
 
-def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path) -> Engine:
+def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path, calibration=()) -> Engine:
     # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
     attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
@@ -279,8 +229,12 @@ def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache
         header = header_of(model, dtype, variant.layout, image)
         return replace(made, run=compiled_ahead_of_time(prepared, image, path, header))
     if engine in ("onnx", "openvino"):
-        path = cache / f"{_stem(model, engine, dtype, image, weights=True)}.onnx"
-        return replace(made, run=exported_to_onnx(prepared, image, path, engine, dtype))
+        exported_in = "float32" if dtype == "int8" else dtype
+        path = cache / f"{_stem(model, engine, exported_in, image, weights=True)}.onnx"
+        export_to_onnx(prepared, image, path, engine, exported_in)
+        if dtype == "int8":
+            path = quantise(path, image, calibration)
+        return replace(made, run=SESSIONS[engine](path, image, dtype))
     if variant.compiled:
         made = replace(made, run=_compiled(prepared))
     return replace(made, run=_recorded(made, image)) if engine == "cudagraph" else made

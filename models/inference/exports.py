@@ -23,7 +23,7 @@ from models.losses import labels_from_logits
 
 FORMAT = "1"  # of the header in a .pt2 file
 # Share of equal labels below which an export is refused; in bf16 both sides round, each in its own places.
-AGREEMENT = {"float32": 0.999, "tf32": 0.99, "bf16": 0.98, "fp16": 0.99}
+AGREEMENT = {"float32": 0.999, "tf32": 0.99, "bf16": 0.98, "fp16": 0.99}  # of int8: see quantisation.py
 
 
 def header_of(model, dtype: str, layout: str, image: Tensor) -> dict[str, str]:
@@ -70,19 +70,18 @@ def compiled_ahead_of_time(prepared: nn.Module, image: Tensor, path: Path, heade
     return torch._inductor.aoti_load_package(str(path))
 
 
-def exported_to_onnx(prepared: nn.Module, image: Tensor, path: Path, engine: str, dtype: str) -> Callable:
-    """The network in an `.onnx` file, run by onnxruntime (engine "onnx") or by OpenVINO (engine "openvino")."""
-    session = {"onnx": _onnx_session, "openvino": _openvino_session}[engine]
-    if not path.is_file():
-        temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-        on_cpu = deepcopy(prepared).cpu()
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own deprecated parts
-            torch.onnx.export(on_cpu, (image.cpu(),), str(temporary), dynamo=True, external_data=False, verbose=False)
-        check_export(session(temporary, image, dtype), prepared, image, dtype, temporary)
-        os.replace(temporary, path)
-    return session(path, image, dtype)
+def export_to_onnx(prepared: nn.Module, image: Tensor, path: Path, engine: str, dtype: str):
+    """Write the network to an `.onnx` file for one of the SESSIONS, unless it is there."""
+    if path.is_file():
+        return
+    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    on_cpu = deepcopy(prepared).cpu()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecated parts
+        torch.onnx.export(on_cpu, (image.cpu(),), str(temporary), dynamo=True, external_data=False, verbose=False)
+    check_export(SESSIONS[engine](temporary, image, dtype), prepared, image, dtype, temporary)
+    os.replace(temporary, path)
 
 
 def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
@@ -113,17 +112,21 @@ def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
     return run_on_gpu
 
 
-def _openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
+def openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
+    """What runs the network of an `.onnx` or an `.xml` file in this type, on a CPU."""
     import openvino  # an optional package
 
     settings = {
-        # Without this hint OpenVINO computes in bf16 wherever the processor has it.
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16"}[dtype],
+        # Without this hint OpenVINO computes in bf16 wherever the processor has it; of int8, what is not quantised.
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16", "int8": "f32"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda image: torch.from_numpy(request.infer([image.contiguous().numpy()], share_inputs=True)[0])
+
+
+SESSIONS = {"onnx": _onnx_session, "openvino": openvino_session}  # engine -> what runs its .onnx file
 
 
 def check_export(run: Callable, prepared: nn.Module, image: Tensor, dtype: str, path: Path):

@@ -41,8 +41,8 @@ def load_segmenter(path: Path, device: str, amp: str) -> Segmenter:
 
 def with_engine(segmenter: Segmenter, engine: str) -> Segmenter:
     """With an engine in place of the network, as --engine says; making one can take a minute."""
-    size = segmenter.run.size[0]
-    chosen = choose_engine(segmenter.network, engine, segmenter.amp_dtype, size, segmenter.device)
+    run = segmenter.run
+    chosen = choose_engine(segmenter.network, engine, segmenter.amp_dtype, run.size[0], segmenter.device, run=run)
     return replace(segmenter, network=chosen)
 
 
