@@ -70,24 +70,22 @@ def predict_all(members: list[Member], image: Tensor, flips: bool = False) -> tu
 
     Returns:
         Probabilities float32: [4, D, H, W] of the classes, or [3, D, H, W] of the regions where a network has regions.
-        The spread float32 [D, H, W]: the standard deviation of the whole tumour's probability over networks and mirror
-        images, divided by their number; None where there is a single prediction.
+        The spread float32 [D, H, W]: the standard deviation, of the population, of the whole tumour's probability over
+        networks and mirror images; None where there is a single prediction.
     """
     count, totals = 0, {}  # channels of a network -> the sum of all such probabilities
     mean, squares = 0, 0  # of the whole tumour: Welford's running mean and sum of squared deviations
     for member in members:
-        # One context for all passes: autocast then converts the weights once.
-        with torch.autocast(image.device.type, member.amp_dtype, enabled=member.amp_dtype is not None):
-            for axes in MIRRORS if flips else (member.mirrored,):
-                logits = _logits(member, image.flip(axes)).flip(axes)  # [4 or 3, D, H, W]
-                probabilities = probabilities_from_logits(logits[None])[0]
-                channels, count = len(probabilities), count + 1
-                totals[channels] = totals.get(channels, 0) + probabilities
-                if len(members) > 1 or flips:
-                    whole_tumour = region_probabilities(probabilities)[REGION_CHANNELS.index("WT")]
-                    deviation = whole_tumour - mean
-                    mean = mean + deviation / count
-                    squares = squares + deviation * (whole_tumour - mean)
+        for axes in MIRRORS if flips else (member.mirrored,):
+            logits = _logits(member, image.flip(axes)).flip(axes)  # [4 or 3, D, H, W]
+            probabilities = probabilities_from_logits(logits[None])[0]
+            channels, count = len(probabilities), count + 1
+            totals[channels] = totals.get(channels, 0) + probabilities
+            if len(members) > 1 or flips:
+                whole_tumour = region_probabilities(probabilities)[REGION_CHANNELS.index("WT")]
+                deviation = whole_tumour - mean
+                mean = mean + deviation / count
+                squares = squares + deviation * (whole_tumour - mean)
     sums = list(totals.values())
     if len(sums) > 1:  # classes and regions: the regions of a sum are the sum of the regions
         sums = [sum(map(region_probabilities, sums))]
@@ -97,16 +95,17 @@ def predict_all(members: list[Member], image: Tensor, flips: bool = False) -> tu
 def _logits(member: Member, image: Tensor) -> Tensor:
     """Logits [4 or 3, D, H, W] of an image [4, D, H, W]: in one pass, or the mean over overlapping windows. An axis
     that is shorter than the window is padded with background on both sides."""
+
+    def network(images):
+        with torch.autocast(image.device.type, member.amp_dtype, enabled=member.amp_dtype is not None):
+            return member.network(images).float()  # windows are summed in float32
+
     if member.window is None or tuple(image.shape[1:]) == tuple(member.window):
-        return member.network(image[None])[0]
+        return network(image[None])[0]
+    # An engine is made for one shape.
+    at_once = WINDOWS_AT_ONCE[image.device.type] if isinstance(member.network, nn.Module) else 1
     return sliding_window_inference(
-        image[None],
-        roi_size=member.window,
-        # An engine is made for one shape.
-        sw_batch_size=WINDOWS_AT_ONCE[image.device.type] if isinstance(member.network, nn.Module) else 1,
-        predictor=lambda windows: member.network(windows).float(),
-        overlap=member.overlap,
-        mode=member.weights,
+        image[None], member.window, at_once, network, overlap=member.overlap, mode=member.weights
     )[0]
 
 
