@@ -41,7 +41,7 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import evaluation
-    from models.brats import find_cases
+    from models.cases import find_cases
     from models.device import choose_device
     from models.metrics import compare, summarise
     from models.runs import load_model, open_run

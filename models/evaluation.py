@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.brats import REGIONS, TARGETS, read_case, to_raw_labels, to_training_labels, write_label_nifti
+from models.brats import REGIONS, TARGETS, to_raw_labels, to_training_labels
 from models.cost import forward_macs, parameter_count
 from models.dataset import load_case, manifest_checksum, read_split
 from models.device import inference_dtype
@@ -21,9 +21,11 @@ from models.errors import InputError
 from models.inference.engines import choose_engine
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target, mean_label_dice, volumes_per_target
+from models.nifti import write_label_nifti
 from models.plots import paired_dice, prediction_overlay
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run
+from models.volumes import read_case
 
 ENSEMBLE = "ensemble"
 

@@ -10,13 +10,15 @@ From one grid to the next, each axis is scaled about the voxel edges (the conven
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, native_axes, occupied_box, spacing_of, to_ras
-from models.errors import InputError
+from models.brats import MODALITIES, occupied_box
+from models.errors import InputError, InputWarning
+from models.nifti import native_axes, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1
 SLAB, COLUMNS = 16, 1024  # planes and columns that are interpolated at a time: what a core's cache holds
@@ -35,7 +37,7 @@ def to_network(
         spacing_mm: isotropic spacing before the crop.
 
     Returns `image` float32 [4, D, H, W] in [0, 1], `label` int64 [1, D, H, W] where there is one, `geometry` (what
-    `to_native` needs) and `normalization`. Raises InputError for a modality without contrast.
+    `to_native` needs) and `normalization`. Raises InputError for a modality without contrast; warns of labelled voxels outside the crop.
     """
     geometry = {
         "native_shape": list(image.shape[1:]),
@@ -46,6 +48,8 @@ def to_network(
     }
     steps = _resampling_steps(geometry)
     native_box = foreground_box(image)
+    if label is not None:
+        _tell_labels_outside(label, native_box)
     image = to_ras(image[(slice(None), *(slice(low, high) for low, high in native_box))], affine)  # a view
     native_box = _ras_box(native_box, geometry)
     native_shape = [geometry["native_shape"][axis] for axis in native_axes(affine)]
@@ -69,6 +73,14 @@ def to_network(
         label = to_ras(label[None], affine)[(slice(None), *np.ix_(*places))]  # [1, D, H, W]
         result["label"] = torch.from_numpy(label.astype(np.int64, order="C"))
     return result | {"geometry": geometry, "normalization": normalization}
+
+
+def _tell_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
+    """The network cannot see what the crop leaves out; nor can a prediction of it be right."""
+    inside = np.count_nonzero(label[tuple(slice(low, high) for low, high in box)])
+    if outside := np.count_nonzero(label) - inside:
+        text = f"{outside} of {outside + inside} labelled voxels lie outside the head and are lost in the crop"
+        warnings.warn(InputWarning("segmentation", text), stacklevel=3)
 
 
 def _image_to_network(image: np.ndarray, onto_resampled, onto_network) -> tuple[torch.Tensor, dict]:

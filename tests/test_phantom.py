@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from models.brats import find_cases, read_case, to_training_labels
+from models.brats import to_training_labels
+from models.cases import find_cases, scheme_of
 from models.phantom import make_case, write_case
+from models.volumes import read_case
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_every_layout_is_found_and_holds_the_same_labels(tmp_path, layout):
     (case,) = find_cases(tmp_path)
     volumes, label, _ = make_case(0, 1, 4.0)
     found = read_case(case)
-    assert np.array_equal(to_training_labels(found.label, case.layout), label)
+    assert np.array_equal(to_training_labels(found.label, scheme_of(case)), label)
     assert np.array_equal(found.image[3], volumes["flair"])
 
 

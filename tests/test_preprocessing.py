@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import LPS, make_head
 
-from models.brats import TARGETS, find_cases, read_case, to_training_labels
+from models.brats import TARGETS, to_training_labels
+from models.cases import find_cases
 from models.errors import InputError
 from models.preprocessing import (
     foreground_box,
@@ -19,6 +20,7 @@ from models.preprocessing import (
     to_network,
     to_ras,
 )
+from models.volumes import read_case
 
 ORIENTATIONS = ["RAS", "LPS", "PIR", "SAL", "ILA"]
 

@@ -20,7 +20,7 @@ from monai.networks.nets import SwinUNETR, UNet
 
 from models import build_model
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops, profile
-from models.brats import find_cases
+from models.cases import find_cases, scheme_of
 from models.device import choose_device, float32_multiplication, keep_freed_memory, peak_memory_gib, reset_peak_memory
 from models.errors import InputError, one_line
 from models.files import ROOT
@@ -234,9 +234,8 @@ def parity(logits: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
 
 def measure_case(job: Job, engine: Engine, device: torch.device) -> dict[str, float]:
     """Milliseconds of each stage from the files of a case to a label map on disk: those of the median repetition."""
-    case = find_cases(job.case)[0]
-    setting = {"size": job.size, "spacing_mm": job.model.spacing_mm, "scheme": job.labels or case.layout,
-               "device": device}  # fmt: skip
+    case = find_cases(job.case, job.labels)[0]
+    setting = {"size": job.size, "spacing_mm": job.model.spacing_mm, "scheme": scheme_of(case), "device": device}
     with tempfile.TemporaryDirectory() as folder:
         segmented = partial(segment_case, case, engine, Path(folder, "prediction.nii.gz"), **setting)
         repeats = [

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.brats import Case, read_case, to_raw_labels, write_label_nifti
+from models.brats import to_raw_labels
+from models.cases import Case
 from models.device import synchronise
 from models.errors import InputError
 from models.losses import probabilities_from_logits
+from models.nifti import write_label_nifti
 from models.preprocessing import label_map, native_label_map, to_network
 from models.runs import Run
+from models.volumes import read_case
 
 MIRRORS = tuple(chain.from_iterable(combinations((2, 3, 4), count) for count in range(4)))  # the 8 sets of axes
 STAGES = ("load", "preprocess", "forward", "postprocess", "write")  # from the files of a case to a label map on disk
