@@ -36,7 +36,7 @@ def arguments():
     parser.add_argument("--labels", choices=LABEL_SCHEMES,
                         help="what the raw label values mean, if the names of the cases do not say")
     parser.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
-                        "affines disagree")
+                        "affines disagree; that of T1 counts")
     parser.add_argument("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="plane to start in")
     parser.add_argument("--slice", type=cli.natural, help="slice to start at, counted from the patient's inferior, "
                         "posterior or left end (default: the one with the most tumour)")

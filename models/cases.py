@@ -104,7 +104,7 @@ def find_cases(root: str | Path, labels: str | None = None, same_voxels: bool = 
     if not cases:
         raise InputError(_nothing_found(root, scans, others, doubts))
     for doubt in doubts:
-        warnings.warn(InputWarning("not used", doubt), stacklevel=2)
+        warnings.warn(InputWarning("not used", str(doubt)), stacklevel=2)
     cases.sort(key=lambda case: case.name)
     for case, following in pairwise(cases):
         if case.name == following.name:
@@ -168,7 +168,7 @@ def _join_scans(scans: dict) -> list[Case]:
             far += lonely[case.name]
     if far:
         text = f"{len(far)} segmentations lie in another folder than the images of that name, and are used as truth"
-        warnings.warn(InputWarning(far[0].parent, text), stacklevel=3)
+        warnings.warn(InputWarning(str(far[0].parent), text), stacklevel=3)
     return [case for _, case in cases]
 
 

@@ -1,4 +1,4 @@
-"""What a folder of preprocessed cases says of itself: manifest.json, splits.json and failures.csv.
+"""What a folder of preprocessed cases says of itself: manifest.json, splits.json, failures.csv and warnings.csv.
 
 One process writes them, or several that share a cohort: each keeps a `manifest-shard-I-of-N.json` of its own, and the
 last one to finish merges these. Nothing here imports torch: a run that finds everything done need not wait for it.
@@ -9,9 +9,11 @@ import io
 import json
 import os
 import random
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from models.brats import patient_of
 from models.errors import InputError
 from models.files import write_atomically
 
@@ -81,6 +83,7 @@ def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
 
 
 def _changes(old: dict, new: dict, when: str) -> str:
+    old, new = ({**each, "size": each.get("size") or "native"} for each in (old, new))
     return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
 
 
@@ -108,9 +111,16 @@ def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]
     return {"settings": run["settings"], "versions": versions, "cases": cases}, failures
 
 
-def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int) -> dict | None:
-    """Write manifest.json, failures.csv and splits.json, in this order; returns the splits, None for too few cases."""
+def finish(
+    out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int, test_share: float
+) -> dict | None:
+    """Write manifest.json, failures.csv, warnings.csv and splits.json, in this order; returns the splits, None for too
+    few cases."""
+    warnings = join_patients(manifest["cases"])
+    warnings += [(name, about, text) for name, entry in manifest["cases"].items()
+                 for text, about in entry.get("warnings", {}).items()]  # fmt: skip
     write_manifest(manifest_path(out), manifest)
+    tell_warnings(out / "warnings.csv", warnings)
     failures_csv = out / "failures.csv"
     if failures:
         table = io.StringIO()
@@ -120,7 +130,7 @@ def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds
         failures_csv.unlink(missing_ok=True)
     patients = {name: entry["patient"] for name, entry in manifest["cases"].items() if entry["labelled"]}
     try:
-        splits = make_splits(patients, seed, folds)
+        splits = make_splits(patients, seed, folds, test_share)
         write_atomically(out / "splits.json", json.dumps(splits, indent=1))
     except InputError as error:
         splits = None
@@ -131,28 +141,67 @@ def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds
     return splits
 
 
-def make_splits(patients: dict[str, str], seed: int, folds: int) -> dict:
-    """80 / 10 / 10 % of the patients, and cross-validation folds over train + validation.
+def join_patients(cases: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """Make the "patient" of every case that of its name, and one patient of those who share scans under two names.
+    Returns (case, the other case, what that means) of the latter."""
+    first, same, rows = {}, {}, []  # fingerprint -> case; patient -> who he is
+    for name, entry in sorted(cases.items()):
+        entry["patient"] = _representative(same, patient_of(name))
+        mark = entry.get("fingerprint")  # older manifests have none
+        if mark and first.setdefault(mark, name) != name:
+            patient, other = entry["patient"], _representative(same, cases[first[mark]]["patient"])
+            same |= {patient: other} if patient != other else {}
+            rows.append((name, first[mark], "the same scans under two names stay in one part of the split"))
+    for entry in cases.values():
+        entry["patient"] = _representative(same, entry["patient"])
+    return rows
+
+
+def _representative(same: dict[str, str], patient: str) -> str:
+    while patient in same:
+        patient = same[patient]
+    return patient
+
+
+def tell_warnings(path: Path, rows: list[tuple[str, str, str]]):
+    """Write warnings.csv, a row per case and warning, and print a line per kind of warning; no warning, no file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("case", "about", "warning"), *sorted(rows)])
+    write_atomically(path, table.getvalue())
+    for kind in sorted({text for _, _, text in rows}):
+        (name, about, _), *others = sorted(row for row in rows if row[2] == kind)
+        more = f" and {len(others)} more cases" if others else ""
+        print(f"warning: {name} ({about}){more}: {kind}. See {path}.", file=sys.stderr)
+
+
+def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: float = 0.1) -> dict:
+    """A share of the patients to test (0: none), a tenth to validate, the others to train, and cross-validation folds
+    over train + validation.
 
     Args:
         patients: case name -> patient; two visits of a patient never cross a split.
 
-    Raises InputError below three patients.
+    Raises InputError where nobody is left to train on.
     """
     cases_of: dict[str, list[str]] = {}
     for case, patient in sorted(patients.items()):
         cases_of.setdefault(patient, []).append(case)
     order = sorted(cases_of)
-    if len(order) < 3:
-        raise InputError(f"too few cases to split: {len(order)} labelled patients, at least 3 are needed.")
     random.Random(seed).shuffle(order)
-    held_out = max(1, round(0.1 * len(order)))
+    tested = max(1, round(test_share * len(order))) if test_share else 0
+    validated = max(1, round(0.1 * len(order)))
+    if tested + validated >= len(order):
+        raise InputError(f"too few cases to split: of {len(order)} labelled patients, {tested} to test and {validated} "
+                         "to validate leave nobody to train on.")  # fmt: skip
 
     def cases(of_patients):
         return sorted(case for patient in of_patients for case in cases_of[patient])
 
-    test, validation, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
-    rest = validation + train
+    test, rest = order[:tested], order[tested:]
+    validation, train = rest[:validated], rest[validated:]
     parts = [rest[k :: min(folds, len(rest))] for k in range(min(folds, len(rest)))]
     return {
         "seed": seed,
@@ -173,11 +222,13 @@ def _read(path: Path) -> dict | None:
     """A manifest as it was written; None where there is none, or another shard has just removed it."""
     try:
         manifest = json.loads(path.read_text())
-        if isinstance(manifest["cases"], dict) and (manifest.get("settings") or manifest["run"]["settings"]):
+        settings = manifest.get("settings") or manifest["run"]["settings"]
+        if isinstance(manifest["cases"], dict) and settings:
+            settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
             return manifest
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         pass
     print(f"{path} cannot be read: its cases are made again.")
     return None

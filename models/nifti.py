@@ -135,11 +135,11 @@ def _warn_of_doubtful_place(path: Path, header):
     """A NIfTI header places its voxels twice, or not at all."""
     sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     if sform is None and qform is None:
-        text = "its header does not say where left and front are (sform and qform codes are 0)"
-        warnings.warn(InputWarning(path.name, text), stacklevel=2)
+        text = "sform and qform codes are 0, so nothing says which side is left"
+        warnings.warn(InputWarning(path.name, text), stacklevel=4)
     elif sform is not None and qform is not None and not np.allclose(sform, qform, atol=SAME_AFFINE):
-        text = f"sform {describe_affine(sform)} and qform {describe_affine(qform)} disagree; the sform is used"
-        warnings.warn(InputWarning(path.name, text), stacklevel=2)
+        which = f"{path.name}, sform {describe_affine(sform)}, qform {describe_affine(qform)}"
+        warnings.warn(InputWarning(which, "sform and qform disagree; the sform is used"), stacklevel=4)
 
 
 def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -142,5 +142,5 @@ def _settle_background(name: str, image: np.ndarray, affine: np.ndarray):
         text = "the border of the volume is not one constant, so there is no background: is this skull-stripped?"
         warnings.warn(InputWarning(f"{name}: {', '.join(missing)}", text), stacklevel=3)
     elif head_ml > LARGEST_BRAIN_ML:
-        text = f"{head_ml / 1e3:.1f} litres are not background, more than a brain has: is this skull-stripped?"
-        warnings.warn(InputWarning(name, text), stacklevel=3)
+        text = "more than a brain has is not background: is this skull-stripped?"
+        warnings.warn(InputWarning(f"{name}: {head_ml / 1e3:.1f} litres", text), stacklevel=3)

@@ -26,10 +26,10 @@ import torch
 from monai import transforms as mt
 
 from models.brats import MODALITIES
-from models.cases import find_cases, scheme_of
+from models.cases import find_cases
+from models.cohort import process_case
 from models.dataset import load_case
 from models.files import git_commit
-from preprocess_brats import process_case
 
 
 def monai_chain(size: int):
@@ -98,7 +98,7 @@ def compare(case, chain, settings: dict, out: Path) -> dict:
         parts = (result[key].as_tensor().to(dtype) for key, dtype in zip(("image", "label"), dtypes, strict=True))
         torch.save(dict(zip(("image", "label"), parts, strict=True)), theirs)
 
-    ours_s = cpu_seconds(process_case, case, scheme_of(case), out, settings)
+    ours_s = cpu_seconds(process_case, case, out, settings)
     made = load_case(ours)
     image, label = made["image"].clone(), made["label"].clone()
     ours.unlink()
@@ -124,7 +124,7 @@ def main():
     cases, chain, rows = find_cases(args.raw), monai_chain(args.size), []
     with tempfile.TemporaryDirectory() as folder:
         for compact in (False, True):
-            settings = {"size": args.size, "spacing_mm": 1.0, "compact": compact}
+            settings = {"size": args.size, "spacing_mm": 1.0, "compact": compact, "normalize": "percentile"}
             made = [compare(case, chain, settings, Path(folder)) for case in [cases[0], *cases]][1:]  # one to warm up
             print("compact" if compact else "not compact")
             for key in list(made[0])[2:]:
