@@ -33,7 +33,7 @@ ROLES = {
     **dict.fromkeys(("seg", "segm", "segmentation", "tumor_segmentation"), "seg"),
 }
 NAMES_OF_2023 = {"t1n", "t2w", "t2f"}
-SCAN = re.compile(rf"(?:(?P<case>.+?)[-_.])?(?P<word>{'|'.join(ROLES)})\.nii(\.gz)?", re.IGNORECASE)
+SCAN = re.compile(rf"(?:(?P<case>.+?)[-_.])??(?P<word>{'|'.join(ROLES)})\.nii(\.gz)?", re.IGNORECASE)
 NIFTI = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?", re.IGNORECASE)  # macOS leaves ._ files in archives
 
 

@@ -34,7 +34,7 @@ def run(main):
 
 def _show_warning(message, category, *where, show=warnings.showwarning, **more):
     if category is InputWarning:
-        print(f"warning: {message}.", file=sys.stderr)
+        print(f"warning: {message}", file=sys.stderr)
     else:
         show(message, category, *where, **more)
 

@@ -300,6 +300,7 @@ def test_real_cases_come_back_exactly_where_they_keep_their_size(real_cases):
         assert network_spacing_mm(result["geometry"]) == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.filterwarnings("error::models.errors.InputWarning")
 def test_real_cases_keep_their_tumours_at_128(real_cases):
     for case in find_cases(real_cases):
         volumes = read_case(case)
