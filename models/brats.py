@@ -29,7 +29,7 @@ SCHEME_USERS = {
     "brats2023": "BraTS 2023 on: GLI before treatment, GoAT, MEN, SSA, and PED as released in 2023",
     "brats2024": "BraTS 2024 on: GLI after treatment, MET",
     "brats-ped": "BraTS-PED as released from 2024 on",
-    "msd": "MSD Task01",
+    "msd": "MSD Task01, and BraTS as nnU-Net converts it",
 }
 RAW_NAMES = {  # where the training label alone does not say what a raw value is
     ("brats2024", 4): "resection cavity",

@@ -151,7 +151,7 @@ def join_patients(cases: dict[str, dict]) -> list[tuple[str, str, str]]:
         if mark and first.setdefault(mark, name) != name:
             patient, other = entry["patient"], _representative(same, cases[first[mark]]["patient"])
             same |= {patient: other} if patient != other else {}
-            rows.append((name, first[mark], "the same scans under two names stay in one part of the split"))
+            rows.append((name, f"as {first[mark]}", "the same scans under two names stay in one part of the split"))
     for entry in cases.values():
         entry["patient"] = _representative(same, entry["patient"])
     return rows
@@ -174,7 +174,7 @@ def tell_warnings(path: Path, rows: list[tuple[str, str, str]]):
     for kind in sorted({text for _, _, text in rows}):
         (name, about, _), *others = sorted(row for row in rows if row[2] == kind)
         more = f" and {len(others)} more cases" if others else ""
-        print(f"warning: {name} ({about}){more}: {kind}. See {path}.", file=sys.stderr)
+        print(f"warning: {name} ({about}){more}: {kind} (see {path})", file=sys.stderr)
 
 
 def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: float = 0.1) -> dict:

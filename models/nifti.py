@@ -62,7 +62,7 @@ def onto_grid(voxels: np.ndarray, affine, shape, reference_affine) -> np.ndarray
 
 def describe_affine(affine) -> str:
     """The three rows of an affine in one line."""
-    return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in np.asarray(affine)[:3] + 0.0) + "]"
+    return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in np.asarray(affine)[:3].round(6) + 0.0) + "]"
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def _warn_of_doubtful_place(path: Path, header):
         text = "sform and qform codes are 0, so nothing says which side is left"
         warnings.warn(InputWarning(path.name, text), stacklevel=4)
     elif sform is not None and qform is not None and not np.allclose(sform, qform, atol=SAME_AFFINE):
-        which = f"{path.name}, sform {describe_affine(sform)}, qform {describe_affine(qform)}"
-        warnings.warn(InputWarning(which, "sform and qform disagree; the sform is used"), stacklevel=4)
+        text = f"sform {describe_affine(sform)} and qform {describe_affine(qform)} disagree; the sform is used"
+        warnings.warn(InputWarning(path.name, text), stacklevel=4)
 
 
 def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
