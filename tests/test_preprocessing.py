@@ -9,7 +9,7 @@ from monai.transforms import NormalizeIntensity
 
 from models.brats import MODALITIES, TARGETS, to_training_labels
 from models.cases import find_cases
-from models.errors import InputError
+from models.errors import InputError, InputWarning
 from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,
@@ -260,6 +260,14 @@ def test_the_foreground_holds_negative_voxels_too():
     image[0, 4:6, 4:6, 4:6] = 100
     image[3, 2, 5, 8] = -3
     assert foreground_box(image) == [(2, 6), (4, 6), (4, 9)]
+
+
+def test_labelled_voxels_outside_the_head_are_counted_and_told():
+    image, label = head()
+    label = label.copy()
+    label[0, 0, :5] = 2
+    with pytest.warns(InputWarning, match=rf"segmentation, 5 of {(label > 0).sum()} labelled voxels"):
+        to_network(image, label, LPS, size=32)
 
 
 def test_the_size_of_a_network_voxel_in_mm():

@@ -89,7 +89,7 @@ def load_tensor(path: Path) -> Scene:
     return Scene(path.stem, case["image"].numpy(), maps, network_spacing_mm(case["geometry"]))
 
 
-def read_prediction(path: Path, scene: Scene, scheme: str | None) -> np.ndarray:
+def read_prediction(path: Path, scene: Scene, scheme: str | None = None) -> np.ndarray:
     """A label map of the scene's own voxels, as training labels [D, H, W] with RAS axes. `scheme` is what its values
     mean; None: the same as those of the case."""
     if scene.affine is None:
