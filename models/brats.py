@@ -46,7 +46,7 @@ COHORTS = {
     "PED": "brats-ped",  # the release of 2023 has other values under the same names, in folders with the year
     "SSA": "brats2023",
 }
-COHORT_NAME = re.compile(r".*BraTS[-_](?P<cohort>[a-z]+(?:[-_][a-z]+)*)[-_]\d{4,5}(?:-(?P<visit>\d{1,3}))?", re.I)
+COHORT_NAME = re.compile(r".*BraTS[-_](?P<cohort>[a-z]+(?:[-_][a-z]+)*)[-_]\d+(?:-(?P<visit>\d+))?", re.I)
 PED_2023 = re.compile(r"BraTS[-_]?(?:PEDs?[-_]?)?2023", re.I)  # ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData
 FIRST_VISIT_AFTER_TREATMENT = 100
 

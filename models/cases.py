@@ -103,8 +103,9 @@ def find_cases(root: str | Path, labels: str | None = None, same_voxels: bool = 
     cases += _join_scans(scans)
     if not cases:
         raise InputError(_nothing_found(root, scans, others, doubts))
-    for doubt in doubts:
-        warnings.warn(InputWarning("not used", str(doubt)), stacklevel=2)
+    if doubts:
+        more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
+        warnings.warn(InputWarning(f"not used{more}", str(doubts[0])), stacklevel=2)
     cases.sort(key=lambda case: case.name)
     for case, following in pairwise(cases):
         if case.name == following.name:

@@ -62,7 +62,8 @@ def onto_grid(voxels: np.ndarray, affine, shape, reference_affine) -> np.ndarray
 
 def describe_affine(affine) -> str:
     """The three rows of an affine in one line."""
-    return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in np.asarray(affine)[:3].round(6) + 0.0) + "]"
+    rows = np.asarray(affine)[:3].round(6) + 0.0  # no -0
+    return "[" + "; ".join(" ".join(f"{value:.4g}" for value in row) for row in rows) + "]"
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A raw case in memory: its four modalities and its segmentation on one grid, with 0 around the head."""
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from models.errors import InputError, InputWarning
 from models.nifti import describe_affine, onto_grid, read_label, read_nifti
 
 LARGEST_BRAIN_ML = 2300  # of what is not background; a head with its skull and scalp has a litre more
+LARGEST_SHARE_IN_CORNERS = 0.01  # of voxels that are not background: no brain reaches into a corner, noise does
 SAME_BACKGROUND = 1e-5  # of the range of intensities: how far a constant background may be spread by rounding
 
 
@@ -121,26 +123,32 @@ def _settle_background(name: str, image: np.ndarray, affine: np.ndarray):
     replaced, missing = [], []
     for modality, voxels in zip(MODALITIES, image, strict=True):
         faces = [np.moveaxis(voxels, axis, 0)[end] for axis in range(3) for end in (0, -1)]  # views: they cost nothing
-        if 2 * sum(map(np.count_nonzero, faces)) <= sum(face.size for face in faces):
-            continue
-        border = np.concatenate([face.ravel() for face in faces])
-        constant = np.median(border)  # where one value has the majority, that one
-        spread = SAME_BACKGROUND * (float(voxels.max()) - float(voxels.min()))
-        if np.mean(np.abs(border - constant) <= spread) < 0.5:
+        if 2 * sum(map(np.count_nonzero, faces)) > sum(face.size for face in faces):
+            border = np.concatenate([face.ravel() for face in faces])
+            constant = np.median(border)  # where one value has the majority, that one
+            spread = SAME_BACKGROUND * (float(voxels.max()) - float(voxels.min()))
+            if np.mean(np.abs(border - constant) <= spread) > 0.5:
+                background = np.abs(voxels - constant) <= spread
+                # Tissue of intensity 0 stays tissue.
+                voxels[(voxels == 0) & ~background] = 1 if voxels.dtype.kind in "iu" else np.finfo(voxels.dtype).tiny
+                voxels[background] = 0
+                replaced.append(f"{modality} {constant:g}")
+        if _share_in_corners(voxels) > LARGEST_SHARE_IN_CORNERS:
             missing.append(modality)
-            continue
-        background = np.abs(voxels - constant) <= spread
-        # Tissue of intensity 0 stays tissue.
-        voxels[(voxels == 0) & ~background] = 1 if voxels.dtype.kind in "iu" else np.finfo(voxels.dtype).tiny
-        voxels[background] = 0
-        replaced.append(f"{modality} {constant:g}")
     head_ml = np.count_nonzero(image[0]) * abs(np.linalg.det(affine[:3, :3])) / 1e3
     if replaced:
         text = "the constant around the head is not 0, and is taken as background"
         warnings.warn(InputWarning(f"{name}: {', '.join(replaced)}", text), stacklevel=3)
     if missing:
-        text = "the border of the volume is not one constant, so there is no background: is this skull-stripped?"
+        text = "the corners of the volume are not one constant, as background is: is this skull-stripped?"
         warnings.warn(InputWarning(f"{name}: {', '.join(missing)}", text), stacklevel=3)
     elif head_ml > LARGEST_BRAIN_ML:
         text = "more than a brain has is not background: is this skull-stripped?"
         warnings.warn(InputWarning(f"{name}: {head_ml / 1e3:.1f} litres", text), stacklevel=3)
+
+
+def _share_in_corners(voxels: np.ndarray) -> float:
+    """Of the voxels in the eight corners of [X, Y, Z], those that are not 0. A corner has a tenth of each side."""
+    sides = [(n, max(1, n // 10)) for n in voxels.shape]
+    ends = [(slice(0, side), slice(n - side, n)) for n, side in sides]
+    return float(np.mean([np.mean(voxels[corner] != 0) for corner in itertools.product(*ends)]))

@@ -47,7 +47,7 @@ def test_what_is_doubtful_is_done_and_kept_in_warnings_csv(tmp_path):
         with (tmp_path / "out/warnings.csv").open() as file:
             rows = {row["case"]: f"{row['about']}: {row['warning']}" for row in csv.DictReader(file)}
         assert rows.keys() == {"BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"}
-        assert rows["BraTS2021_00001"].startswith("t1, t1ce, t2, flair: the border of the volume")
+        assert rows["BraTS2021_00001"].startswith("t1, t1ce, t2, flair: the corners of the volume")
         assert rows["BraTS2021_00002"].startswith("t1 -9, t1ce -9, t2 -9, flair -9: the constant around the head")
         assert rows["BraTS2021_00003"].startswith("segmentation, 5 of ")
         told = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
