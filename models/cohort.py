@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from models.brats import MODALITIES, SCHEME_USERS, describe_scheme, to_training_labels
+from models.brats import MODALITIES, SCHEME_USERS, describe_scheme
 from models.cases import LAYOUTS, Case, scheme_of
 from models.errors import InputError, InputWarning
+from models.labels import to_training_labels
 from models.manifest import write_manifest
 from models.nifti import to_ras
 from models.volumes import Volumes, read_case

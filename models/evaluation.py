@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.brats import REGIONS, TARGETS, to_raw_labels, to_training_labels
+from models.brats import REGIONS, TARGETS
 from models.cost import forward_macs, parameter_count
 from models.dataset import load_case, manifest_checksum, read_split
 from models.device import inference_dtype
 from models.errors import InputError
 from models.inference.engines import choose_engine
 from models.inference.predict import predict
+from models.labels import to_raw_labels, to_training_labels
 from models.metrics import confusion, dice_per_target, mean_label_dice, volumes_per_target
 from models.nifti import write_label_nifti
 from models.plots import paired_dice, prediction_overlay

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, REGION_CHANNELS, occupied_box
+from models.brats import MODALITIES, REGION_CHANNELS
 from models.errors import InputError, InputWarning
+from models.labels import occupied_box
 from models.nifti import native_axes, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1 by default

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.brats import LABEL_SCHEMES, cohort_scheme, patient_of, to_raw_labels, to_training_labels
+from models.brats import LABEL_SCHEMES, cohort_scheme, patient_of
 from models.errors import InputError
+from models.labels import to_raw_labels, to_training_labels
 
 NCR, ED, ET = 1, 2, 3
 

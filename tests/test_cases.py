@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import LPS, make_head, write_raw_case
 
-from models.brats import to_training_labels
 from models.cases import find_cases, scheme_of
 from models.errors import InputError, InputWarning
+from models.labels import to_training_labels
 from models.volumes import read_case
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")

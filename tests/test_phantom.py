@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from models.brats import to_training_labels
 from models.cases import find_cases, scheme_of
+from models.labels import to_training_labels
 from models.phantom import make_case, write_case
 from models.volumes import read_case
 

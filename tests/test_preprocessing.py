@@ -7,9 +7,10 @@ import torch
 from conftest import LPS, make_head
 from monai.transforms import NormalizeIntensity
 
-from models.brats import MODALITIES, TARGETS, to_training_labels
+from models.brats import MODALITIES, TARGETS
 from models.cases import find_cases
 from models.errors import InputError, InputWarning
+from models.labels import to_training_labels
 from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,

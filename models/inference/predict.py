@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.brats import to_raw_labels
 from models.cases import Case
 from models.device import synchronise
 from models.errors import InputError
+from models.labels import to_raw_labels
 from models.losses import probabilities_from_logits
 from models.nifti import write_label_nifti
 from models.preprocessing import label_map, native_label_map, to_network

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from models.brats import LABELS, to_training_labels
+from models.brats import LABELS
 from models.cases import Case, find_cases, scheme_of
 from models.errors import InputError
+from models.labels import to_training_labels
 from models.nifti import describe_affine, onto_grid, read_label, spacing_of, to_ras
 from models.plots import intensity_window
 from models.volumes import read_case

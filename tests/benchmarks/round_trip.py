@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from models.brats import to_training_labels
 from models.cases import find_cases, scheme_of
+from models.labels import to_training_labels
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
 from models.volumes import read_case
