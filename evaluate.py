@@ -1,135 +1,179 @@
 #!/usr/bin/env python3
-"""Score trained runs case by case: Dice of the labels (NCR, ED, ET) and regions (WT, TC, ET), and overlays.
+"""Score trained runs, or label maps that another program made, as BraTS papers do, and predict folders of patients.
 
-Writes per_case.csv, summary.json and overlays of the best, median and worst case to --out. With --raw the prediction is
-also taken back to the grid of the original files and scored there, which is what other papers' numbers mean.
+Predictions are taken back to the grid of the original files and scored there against the original segmentation: Dice,
+HD95, surface Dice at 1 mm, volumes, and the lesion-wise scores of BraTS 2026 and 2023, for WT, TC, ET and each label.
+--out gets per_case.csv, summary.json, comparison.csv, figures, and report.html, which shows all of it in a browser.
 
-Several runs are compared on the same cases, the first with each of the others: comparison.csv (a row per run),
-comparison_dice.png (every case under each run), Wilcoxon's paired test, and overlays of the cases that differ most.
+Several runs are compared on the same cases. The folds of a cross-validation (--fold of the training scripts) become one
+row of the tables, every case being scored by the run that has not seen it.
 
   python evaluate.py models/unet/results/RUN
-  python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble
-  python evaluate.py models/unet/results/RUN --raw data/BraTS2021_Training_Data --tta --save-nifti predictions
-  python evaluate.py models/unet/results/RUN --split validation --device cpu
+  python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble --tta
+  python evaluate.py models/unet/results/fold0 models/unet/results/fold1 models/unet/results/fold2
+  python evaluate.py models/unet/results/RUN --cases FOLDER --save-nifti predictions   (raw cases, truth or no truth)
+  python evaluate.py --predictions FOLDER --raw data/BraTS2021_Training_Data   (label maps <case>.nii.gz of any program)
 """
 
-import json
-import statistics
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 from models import cli
+from models.brats import LABEL_SCHEMES
 from models.errors import InputError
-from models.files import write_atomically, write_csv
 
 
 def arguments():
     parser = cli.parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained run, or its checkpoint")
-    parser.add_argument("--data", type=Path, help="preprocessed cases (default: those that the run was trained on)")
-    parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="which cases to score")
-    parser.add_argument("--raw", type=Path, help="raw cases: score on the original voxel grid too")
-    parser.add_argument("--tta", action="store_true", help="average over the 8 mirror images: 8 times the work")
-    parser.add_argument("--ensemble", action="store_true", help="score the mean of the runs' probabilities as well")
-    parser.add_argument("--save-nifti", type=Path, metavar="DIR",
-                        help="write the predictions here, on the original grid with the original label values")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation-<split>/ in the first run)")
-    cli.add_device_arguments(parser)
-    cli.add_engine_argument(parser)
+    what = parser.add_argument_group("what is scored")
+    what.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a trained run, or its checkpoint")
+    what.add_argument("--split", choices=("test", "validation", "train"),
+                      help="which preprocessed cases (default: test; for folds, those that each has not seen)")
+    what.add_argument("--data", type=Path, help="preprocessed cases (default: those that the run was trained on)")
+    what.add_argument("--raw", type=Path, help="the raw cases that they were made from (default: as recorded in DATA)")
+    what.add_argument("--cases", type=Path, metavar="FOLDER",
+                      help="predict the raw cases of this folder instead, of any layout; those with truth are scored")
+    what.add_argument("--predictions", type=Path, nargs="+", metavar="FOLDER", default=[],
+                      help="score label maps <case>.nii.gz that another program made of the cases of --raw")
+    what.add_argument("--labels", choices=LABEL_SCHEMES,
+                      help="what the raw label values mean, where the names of the cases do not say")
+    what.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
+                      "affines disagree; that of T1 counts")
+    what.add_argument("--allow-trained-on", action="store_true",
+                      help="score cases that a run was trained on, too, and mark them")
+    how = parser.add_argument_group("how")
+    how.add_argument("--space", choices=("native", "network"), default="native",
+                     help="grid of the scores: that of the original files, or that of the tensors (not comparable with "
+                          "published scores)")
+    how.add_argument("--ensemble", action="store_true", help="score the mean of the runs' probabilities as well")
+    how.add_argument("--tta", action="store_true", help="average over the 8 mirror images: 8 times the work")
+    how.add_argument("--overlap", type=cli.fraction, help="of sliding windows (default: as the run records, or 0.5)")
+    how.add_argument("--small-et", action="store_true",
+                     help="turn enhancing tumours below a volume into NCR; the volume that is best on each run's "
+                          "validation cases")
+    how.add_argument("--workers", type=cli.positive_int, default=cli.usable_cpus(),
+                     help="processes that score while the networks run")
+    cli.add_device_arguments(how)
+    cli.add_engine_argument(how)
+    out = parser.add_argument_group("output")
+    out.add_argument("--save-nifti", type=Path, metavar="DIR",
+                     help="write the predictions here on the original grid, as <case>.nii.gz; several runs get a "
+                          "folder each")
+    out.add_argument("--label-values", choices=LABEL_SCHEMES,
+                     help="label values of these files, and of those of --predictions (default: as in the original "
+                          "data set)")
+    out.add_argument("--out", type=Path,
+                     help="folder to write to (default: evaluation-<split>/ in the first run, or evaluation/)")
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
-    from models import evaluation
-    from models.cases import find_cases
+    refuse_flags(args)
+    from tqdm import tqdm
+
     from models.device import choose_device
-    from models.metrics import compare, summarise
-    from models.runs import load_model, open_run
+    from models.evaluation import jobs, outputs
+    from models.evaluation.scoring import scored
 
-    if args.ensemble and len(args.runs) < 2:
-        raise InputError("--ensemble: name two runs or more.")
+    options, failures = cli.settings_of(args, jobs.Options), {}
     device = choose_device(args.device)
-    opened = [open_run(path) for path in args.runs]
-    names = evaluation.names_of(opened, args.ensemble)
-    data, cases = evaluation.choose_cases(opened, args.data, args.split)
-    raw = {case.name: case for case in find_cases(args.raw)} if args.raw else None
-    missing = [case for case in cases if raw is not None and case not in raw]
-    if missing:
-        raise InputError(f"{args.raw}: has no case {missing[0]}. Give the raw cases that {data} was made from.")
-    # All networks before the first case: damaged weights must not cost an hour.
-    loaded = [(load_model(run.checkpoint, device)[0], run) for run in opened]
-    out = args.out or opened[0].folder / f"evaluation-{args.split}"
-    for folder in filter(None, (out, args.save_nifti)):
-        folder.mkdir(parents=True, exist_ok=True)
-
-    evaluated = {name: [member] for name, member in zip(names, loaded, strict=True)}
-    if args.ensemble:
-        evaluated[evaluation.ENSEMBLE] = loaded
-    rows, maps, summary = [], {}, {"split": args.split, "cases": len(cases), "tta": args.tta, "runs": {}}
-    for name, members in evaluated.items():
-        predictions = evaluation.predict_cases(members, data, cases, device, args.engine, args.amp, args.tta)
-        suffix = f"_{name}" if len(evaluated) > 1 else ""
-        scored, maps[name], seconds = evaluation.score_run(name, predictions, len(cases), raw, args.save_nifti, suffix)
-        rows += scored
-        alone = members[0][1] if len(members) == 1 else None
-        summary["runs"][name] = {
-            "model": "+".join(dict.fromkeys(run.network for _, run in members)),
-            "epoch": alone.epoch if alone else None,
-            **evaluation.costs([network for network, _ in members], data, cases[0]),
-            "training_minutes": evaluation.training_minutes(alone) if alone else None,
-            "forward_seconds_per_case": statistics.median(seconds),
-            **summarise(scored),
-        }
-        prefix = f"{name}_" if len(evaluated) > 1 else ""
-        evaluation.draw_extremes(name, scored, maps[name], data, out, prefix)
-    if len(evaluated) > 1:
-        summary["comparisons"] = [row for other in [*evaluated][1:] for row in compare(rows, names[0], other)]
-        evaluation.draw_comparison(summary, rows, maps, data, out)
-        write_csv(out / "comparison.csv", comparison_table(summary))
-    write_csv(out / "per_case.csv", rows)
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
-    print_table(summary)
+    work = jobs.of_label_maps(options) if args.predictions else jobs.of_runs(options, device)
+    out = args.out or default_out(args, work)
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in work.entries if args.save_nifti else ():
+        jobs.nifti_folder(options, work.entries, entry).mkdir(parents=True, exist_ok=True)
+    count = sum(len(entry.cases) for entry in work.entries)
+    processes = min(args.workers, count // 4)  # each takes seconds to start
+    kept = defaultdict(list)
+    for each in tqdm(scored(jobs.jobs_of(work, failures if args.cases else None), processes), total=count, unit="case"):
+        kept[each.run].append(each)
+    summary = outputs.write_all(out, work, kept, options, failures)
+    print_tables(summary)
+    for name, reason in sorted(failures.items()):
+        print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir()))
           + (f"; predictions in {args.save_nifti}" if args.save_nifti else ""))
-    return 0
+    return 3 if failures else 0
 
 
-def comparison_table(summary: dict) -> list[dict]:
-    """A row per run: mean Dice by target in each space, and what the network costs."""
-    rows = []
+def refuse_flags(args):
+    """InputError for flags that do not go together, before anything is read."""
+    if bool(args.runs) == bool(args.predictions):
+        raise InputError("name the runs to evaluate, or give --predictions with the raw cases in --raw.")
+    if args.predictions and not args.raw:
+        raise InputError("--predictions: name the raw cases that they were made of with --raw.")
+    if args.cases and (args.raw or args.split or args.data or args.space == "network"):
+        raise InputError("--cases: takes all cases of its folder, in native space; --raw, --split, --data and --space "
+                         "network do not go with it.")  # fmt: skip
+    if args.predictions and (args.space == "network" or args.cases or args.save_nifti or args.ensemble):
+        raise InputError("--predictions: label maps are scored as they are; --space network, --cases, --ensemble and "
+                         "--save-nifti do not go with it.")  # fmt: skip
+
+
+def default_out(args, work) -> Path:
+    if args.predictions:
+        return Path("evaluation")
+    kind = "cases" if args.cases else args.split or ("test" if len(work.entries[0].parts) == 1 else "cross-validation")
+    return work.entries[0].runs[0].folder / f"evaluation-{kind}"
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def print_tables(summary: dict):
+    """Every run's scores: mean with its 95 % interval where there are several cases."""
     for name, run in summary["runs"].items():
-        spaces = [space for space in ("network", "native") if space in run]
-        dice = {f"dice_{space}_{target}": run[space][target]["mean"] for space in spaces for target in run[space]}
-        cost = {key: run[key] for key in ("parameters", "gmac", "forward_seconds_per_case", "training_minutes")}
-        rows.append({"run": name, "model": run["model"], "split": summary["split"], "cases": summary["cases"],
-                     **dice, **cost})  # fmt: skip
-    return rows
-
-
-def print_table(summary: dict):
-    targets = list(next(iter(summary["runs"].values()))["network"])
-    print(f"\nDice, mean ± sd over {summary['cases']} {summary['split']} cases"
-          + (", 8 mirror images" if summary["tta"] else ""))  # fmt: skip
-    width = max(len(name) for name in ("run", *summary["runs"]))
-    print(f"{'run':{width}}  {'space':8}" + "".join(f"{target:>14}" for target in targets)
-          + f"{'M param':>9}{'GMAC':>8}{'s/case':>8}{'min':>7}")
-    for name, run in summary["runs"].items():
-        minutes = "-" if run["training_minutes"] is None else f"{run['training_minutes']:.1f}"
-        cost = f"{run['parameters'] / 1e6:9.1f}{run['gmac']:8.1f}{run['forward_seconds_per_case']:8.2f}{minutes:>7}"
-        for space in ("network", "native"):
-            if space in run:
-                cells = "".join(f"{run[space][t]['mean']:8.4f}±{run[space][t]['sd']:.3f}" for t in targets)
-                print(f"{name:{width}}  {space:8}{cells}{cost}")
-                both = {t: run[space][t]["both_empty"] for t in targets if run[space][t]["both_empty"]}
-                one = {t: run[space][t]["one_empty"] for t in targets if run[space][t]["one_empty"]}
-                print(f"{'':{width}}  truth and prediction empty (Dice 1): {both or 'never'}; "
-                      f"one of them (Dice 0): {one or 'never'}")
-    print("M param: million parameters; GMAC per volume; s/case: the network alone; min: training")
-    for row in summary.get("comparisons", []):
-        print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference "
-              f"{row['mean_difference']:+.4f}, Wilcoxon p {row['wilcoxon_p']:.3g} (cases: {row['cases']})")
-    if summary.get("comparisons") and summary["cases"] < 6:
+        for space, targets in run["scores"].items():
+            print(f"\n{name}: {run['cases']} {run['split']}, {space} space"
+                  + (", 8 mirror images" if summary["tta"] else "")
+                  + (f"; TRAINED ON {run['trained_on']} of them" if run["trained_on"] else ""))
+            print_scores(targets)
+            print_rules(targets)
+        print_cost(name, run)
+    for row in summary["comparisons"]:
+        if row["measure"] == "dice":
+            print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference in Dice "
+                  f"{row['mean_difference']:+.4f}{interval(row['interval'])}, Wilcoxon p {row['wilcoxon_p']:.3g}, "
+                  f"Holm-corrected {row['holm_p']:.3g} (cases: {row['cases']})")
+            few = row["cases"] < 6
+    if summary["comparisons"] and few:
         print("Fewer than 6 cases are too few for any difference to reach p < 0.05.")
+
+
+def print_scores(targets: dict):
+    columns = {
+        "dice": "Dice", "ceiling_dice": "ceiling", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1mm",
+        "lesion2026_dice": "BraTS 2026", "lesion2023_dice": "BraTS 2023",
+    }  # fmt: skip
+    shown = [column for column in columns if any(column in measures for measures in targets.values())]
+    print("     " + "".join(f"{columns[column]:>26}" for column in shown))
+    for target, measures in targets.items():
+        said = [measures.get(column) for column in shown]
+        cells = [f"{one['mean']:.4f}{interval(one['interval'])}" if one else "-" for one in said]
+        print(f"{target:5}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+def interval(ends) -> str:
+    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+
+
+def print_rules(targets: dict):
+    """How often a rule decided, because a mask was empty."""
+    said = []
+    for kind, rule in (("both", "1, 0 mm"), ("prediction", "0, 374 mm"), ("truth", "0, 374 mm")):
+        counts = {target: measures["empty"][kind] for target, measures in targets.items() if measures["empty"][kind]}
+        name = {"both": "truth and prediction empty", "prediction": "prediction alone", "truth": "truth alone"}[kind]
+        said.append(f"{name} ({rule}): {counts or 'never'}")
+    print("; ".join(said) + ".")
+
+
+def print_cost(name: str, run: dict):
+    if run.get("parameters"):
+        minutes = "-" if run["training_minutes"] is None else f"{run['training_minutes']:.1f} min of training"
+        print(f"{name}: {run['parameters'] / 1e6:.1f} million parameters, {run['gmac']:.1f} GMAC a pass, "
+              f"{run['forward_seconds_per_case']:.2f} s a case ({run['engine']}), {minutes}.")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from models import cli
 from models.brats import LABEL_SCHEMES
 from models.errors import InputError
+from models.files import portable
 from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
 VERSION = 2  # of the preprocessing itself: raise it when the same settings would give other tensors
@@ -111,6 +112,7 @@ def main() -> int:
                    if manifest_path(args.out, shard).exists() else "Another has put all of them together."))
             return 0
         manifest, failures = merged
+    manifest["raw"] = portable(args.raw)  # where an evaluation finds the truth
     splits = finish(args.out, manifest, failures, **division)
     report(manifest, failures, splits, found, args.out)
     return 3 if failures else 0

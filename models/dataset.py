@@ -133,7 +133,7 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
 
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
-    manifest = _manifest(data)
+    manifest = read_manifest(data)
     sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
     # Before there was a choice of "normalize", the settings did not name it: the same data keep their checksum.
     settings = {k: value for k, value in manifest["settings"].items() if (k, value) != ("normalize", "percentile")}
@@ -144,11 +144,12 @@ def manifest_checksum(data: str | Path) -> str:
 def preprocessing_of_cases(data: str | Path) -> dict:
     """How the cases of a data set were made, as `preprocessing.to_network` takes it: size (of the cube in voxels, None
     for the crop as it is), spacing_mm, normalize."""
-    settings = {"normalize": "percentile"} | _manifest(data)["settings"]
+    settings = {"normalize": "percentile"} | read_manifest(data)["settings"]
     return {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
 
 
-def _manifest(data: str | Path) -> dict:
+def read_manifest(data: str | Path) -> dict:
+    """manifest.json of a preprocessed folder; InputError where there is none."""
     path = Path(data) / "manifest.json"
     if not path.is_file():
         raise InputError(f"{path}: missing. Preprocess again with preprocess_brats.py.")

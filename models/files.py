@@ -4,17 +4,21 @@ import csv
 import io
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
-def write_atomically(path: str | Path, data: bytes | str):
-    """Write to a temporary name beside `path` and rename: a file with its final name is whole."""
+def write_atomically(path: str | Path, data: bytes | str | Iterable[str]):
+    """Write to a temporary name beside `path` and rename: a file with its final name is whole. The parts of an iterable
+    are written as they come, so that they need not all be in memory."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with temporary.open("wb") as file:
+            for part in [data] if isinstance(data, bytes | str) else data:
+                file.write(part.encode() if isinstance(part, str) else part)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -26,6 +30,12 @@ def write_csv(path: Path, rows: list[dict]):
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_atomically(path, table.getvalue())
+
+
+def portable(path: Path) -> str:
+    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def git_commit() -> str | None:

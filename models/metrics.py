@@ -1,24 +1,103 @@
-"""Scores on label arrays, and what a table of them says.
+"""Scores of label maps.
 
-One confusion matrix per case holds all that Dice needs, for labels and regions alike.
+`score_case` has everything that is reported of a case, on arrays in millimetres. The training needs Dice alone, on the
+device that it runs on: one confusion matrix of tensors holds all of it. Nothing here imports torch, so that the
+processes that score cases start fast.
 """
 
-import statistics
+from typing import TYPE_CHECKING
 
-import torch
-from scipy.stats import wilcoxon
+import numpy as np
 
-from models.brats import LABELS, TARGETS
+from models.brats import LABELS, REGIONS, TARGETS
+from models.labels import occupied_box
+from models.lesions import EMPTY_MM, SURROUNDINGS_2023, find_parts, score_2023, score_2026
+from models.surfaces import hd95, surface_dice, surfaces
+
+if TYPE_CHECKING:
+    import torch
+
+# (something is predicted, something is true) -> which of the masks is empty
+EMPTY = {(False, False): "both", (False, True): "prediction", (True, False): "truth", (True, True): ""}
+
+# ---- one case ------------------------------------------------------------------------------------------------------
 
 
-def confusion(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def score_case(prediction: np.ndarray, truth: np.ndarray, spacing_mm) -> dict[str, dict]:
+    """Everything that is reported of a case: {target: {column: value}} for WT, TC, ET, NCR and ED.
+
+    `prediction` and `truth` are training labels, uint8 [X, Y, Z] of one grid; `spacing_mm` is the size of its voxels
+    along the axes of the arrays. Columns, in this order:
+
+    * dice, sensitivity, precision
+    * hd95_mm: the 95th percentile of the distances of all border voxels, of both masks, from the other's border
+    * nsd_1mm: normalised surface Dice, the mean of both masks' shares of border voxels within 1 mm of the other's
+    * nsd_0mm: the same with the voxels that both borders have, which the official package of BraTS 2026 gives as
+      `global_nsd` (it takes half a voxel as the tolerance, and the smallest side of a voxel only for single lesions)
+    * predicted_ml, true_ml, volume_error_ml (predicted - true)
+    * empty: "" or which mask is empty, "both", "prediction" or "truth". Then a rule decides: both empty is 1 and 0 mm,
+      one empty 0 and 374 mm.
+    * lesion2026_..., lesion2023_...: see models/lesions.py. BraTS 2023 does not score NCR and ED: None.
+
+    Deviations of the first group from the official package: where both masks are empty, it leaves the case out; where
+    one is, or where they do not overlap, it has 373 mm; and it measures hd95 and `global_nsd` in voxels, whatever
+    their size. Up to 2023, HD95 was the larger of the two masks' percentiles.
+    """
+    # A header's float32 may say 1.0000001 mm, and a tolerance of 1 mm would miss the next voxel.
+    spacing_mm = np.round(np.asarray(spacing_mm, float), 6)
+    box = _box_with_surroundings(prediction | truth)
+    prediction, truth = prediction[box], truth[box]
+    return {
+        target: _score_target(np.isin(prediction, labels), np.isin(truth, labels), spacing_mm, target in REGIONS)
+        for target, labels in TARGETS.items()
+    }
+
+
+def _score_target(predicted: np.ndarray, true: np.ndarray, spacing_mm, is_region: bool) -> dict:
+    """One target's columns, from its masks, bool [X, Y, Z]."""
+    box = _box_with_surroundings(predicted | true)
+    predicted, true = predicted[box], true[box]
+    voxels, true_voxels, overlap = (int(np.count_nonzero(mask)) for mask in (predicted, true, predicted & true))
+    both = surfaces(predicted, true, spacing_mm)
+    if voxels and true_voxels:
+        distances = [surface.distance_mm for surface in both]
+        scores = {
+            "dice": 2 * overlap / (voxels + true_voxels),
+            "sensitivity": overlap / true_voxels,
+            "precision": overlap / voxels,
+            "hd95_mm": hd95(*distances),
+            "nsd_1mm": surface_dice(*distances, 1.0),
+            "nsd_0mm": surface_dice(*distances, 0.0),
+        }
+    else:
+        share, distance_mm = (0.0, EMPTY_MM) if voxels or true_voxels else (1.0, 0.0)
+        scores = dict.fromkeys(("dice", "sensitivity", "precision", "hd95_mm", "nsd_1mm", "nsd_0mm"), share)
+        scores["hd95_mm"] = distance_mm
+    ml = float(np.prod(spacing_mm)) / 1000
+    scores |= {"predicted_ml": voxels * ml, "true_ml": true_voxels * ml, "volume_error_ml": (voxels - true_voxels) * ml}
+    scores["empty"] = EMPTY[voxels > 0, true_voxels > 0]
+    parts = [find_parts(mask, surface) for mask, surface in zip((predicted, true), both, strict=True)]
+    lesions = score_2023(*parts, spacing_mm) if is_region else dict.fromkeys(("dice", "hd95_mm", "tp", "fp", "fn"))
+    scores |= {f"lesion2026_{column}": value for column, value in score_2026(*parts, spacing_mm).items()}
+    return scores | {f"lesion2023_{column}": value for column, value in lesions.items()}
+
+
+def _box_with_surroundings(volume: np.ndarray) -> tuple[slice, ...]:
+    """What holds every voxel of [X, Y, Z] that is not zero, and the lesions' surroundings."""
+    return tuple(slice(max(0, low - SURROUNDINGS_2023), high + SURROUNDINGS_2023) for low, high in occupied_box(volume))
+
+
+# ---- Dice while training --------------------------------------------------------------------------------------------
+
+
+def confusion(prediction: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
     """Voxel counts int64 [4, 4] (rows truth, columns prediction) of two maps of training labels of one shape."""
     classes = len(LABELS) + 1
     pairs = label.reshape(-1).long() * classes + prediction.reshape(-1)
-    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    return pairs.bincount(minlength=classes**2).reshape(classes, classes)
 
 
-def dice_per_target(counts: torch.Tensor) -> dict[str, float]:
+def dice_per_target(counts: "torch.Tensor") -> dict[str, float]:
     """Dice of WT, TC, ET, NCR, ED from a confusion matrix [4, 4]: 1 where truth and prediction are both empty, 0 where
     one of them is."""
     scores = {}
@@ -27,7 +106,7 @@ def dice_per_target(counts: torch.Tensor) -> dict[str, float]:
     return scores
 
 
-def volumes_per_target(counts: torch.Tensor) -> dict[str, tuple[int, int, int]]:
+def volumes_per_target(counts: "torch.Tensor") -> dict[str, tuple[int, int, int]]:
     """(overlap, predicted, true) in voxels for each target."""
     counts = counts.cpu()
     return {
@@ -43,44 +122,3 @@ def volumes_per_target(counts: torch.Tensor) -> dict[str, tuple[int, int, int]]:
 def mean_label_dice(dice: dict[str, float]) -> float:
     """The mean over NCR, ED and ET: what chooses the best checkpoint."""
     return sum(dice[name] for name in LABELS.values()) / len(LABELS)
-
-
-# ---- tables of scores ----------------------------------------------------------------------------------------------
-# A table is a list of rows {"run", "case", "space", "target", "dice", "predicted_ml", "true_ml"}, one per score.
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Per space and target: mean, standard deviation, median and range of the Dice, and how often a mask was empty."""
-    summary = {}
-    for space in sorted({row["space"] for row in rows}):
-        summary[space] = {}
-        for target in dict.fromkeys(row["target"] for row in rows):
-            chosen = [row for row in rows if row["space"] == space and row["target"] == target]
-            dice = [row["dice"] for row in chosen]
-            empty = [(row["predicted_ml"] == 0) + (row["true_ml"] == 0) for row in chosen]
-            summary[space][target] = {
-                "mean": statistics.fmean(dice),
-                "sd": statistics.stdev(dice) if len(dice) > 1 else 0.0,
-                "median": statistics.median(dice),
-                "min": min(dice),
-                "max": max(dice),
-                "both_empty": empty.count(2),
-                "one_empty": empty.count(1),
-            }
-    return summary
-
-
-def compare(rows: list[dict], first: str, second: str) -> list[dict]:
-    """Per space and target, how the Dice of the run `second` differs from that of `first` on the same cases: the mean
-    difference and the p-value of Wilcoxon's two-sided signed-rank test (1 where no case differs)."""
-    scores = {(row["run"], row["space"], row["target"], row["case"]): row["dice"] for row in rows}
-    compared = []
-    for space, target in dict.fromkeys((row["space"], row["target"]) for row in rows):
-        cases = [row["case"] for row in rows if (row["run"], row["space"], row["target"]) == (first, space, target)]
-        differences = [scores[second, space, target, case] - scores[first, space, target, case] for case in cases]
-        compared.append({
-            "first": first, "second": second, "space": space, "target": target, "cases": len(cases),
-            "mean_difference": statistics.fmean(differences),
-            "wilcoxon_p": float(wilcoxon(differences).pvalue) if any(differences) else 1.0,
-        })  # fmt: skip
-    return compared

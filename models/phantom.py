@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from isal import igzip
+from scipy import ndimage
 from tqdm import tqdm
 
 from models.files import write_atomically
@@ -130,10 +131,7 @@ def draw_anatomy(rng, axes, position) -> dict[str, np.ndarray]:
 
 def _ellipsoid(x, y, z, center, half_axes, power=2.0):
     """About the distance in mm from an ellipsoid's surface, negative inside."""
-    total = 0
-    for coordinate, middle, half in zip((x, y, z), center, half_axes, strict=True):
-        scaled = np.abs(coordinate - middle) / half
-        total = total + (np.square(scaled) if power == 2.0 else scaled**power)
+    total = sum((abs(c - mid) / half) ** power for c, mid, half in zip((x, y, z), center, half_axes, strict=True))
     return (total ** (1 / power) - 1) * float(min(half_axes))
 
 
@@ -165,8 +163,7 @@ def push_aside(position, tumours: list[dict]) -> list[np.ndarray]:
 
 def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Training labels uint8 [D, H, W] and soft fractions of oedema, rim and necrosis."""
-    shape = tissue["white"].shape
-    soft = {name: np.zeros(shape, np.float32) for name in ("oedema", "rim", "necrosis")}
+    soft = {name: np.zeros_like(tissue["white"]) for name in ("oedema", "rim", "necrosis")}
     coarse, fine = _noise(rng, axes, 34), _noise(rng, axes, 13)
     room = tissue["brain"] * (1 - tissue["ventricle"])
     for tumour in tumours:
@@ -177,14 +174,20 @@ def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, di
         # oedema runs along the white matter and stops at the cortex
         swollen = distance + 4.0 * coarse + 1.5 * fine - tumour["oedema"] + 9 * (0.75 - tissue["white"])
         rim = np.maximum(tumour["rim"] + 1.6 * fine, 0.9) if tumour["rim"] else 0
-        soft["oedema"] = np.maximum(soft["oedema"], (1 - _ramp(np.minimum(swollen, core), 0.9)) * room)
-        soft["rim"] = np.maximum(soft["rim"], (1 - _ramp(core, 0.8)) * room)
-        soft["necrosis"] = np.maximum(soft["necrosis"], (1 - _ramp(core + rim, 0.8)) * room)
-    label = np.zeros(shape, np.uint8)
-    label[soft["oedema"] > 0.5] = 2
-    label[soft["rim"] > 0.5] = 3
-    label[soft["necrosis"] > 0.5] = 1
-    return label, soft
+        whole = 1 - _ramp(np.minimum(swollen, core), 0.9)
+        there = room * _around_largest_part(whole * room > 0.5)
+        soft["oedema"] = np.maximum(soft["oedema"], whole * there)
+        soft["rim"] = np.maximum(soft["rim"], (1 - _ramp(core, 0.8)) * there)
+        soft["necrosis"] = np.maximum(soft["necrosis"], (1 - _ramp(core + rim, 0.8)) * there)
+    masks = [soft[name] > 0.5 for name in ("necrosis", "rim", "oedema")]
+    return np.select(masks, (1, 3, 2)).astype(np.uint8), soft
+
+
+def _around_largest_part(mask):
+    """The largest connected part of a mask [D, H, W] and its soft border: oedema leaves islands of white matter."""
+    parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    largest = np.bincount(parts.ravel(), mask.ravel()).argmax()  # the outside, 0, weighs nothing
+    return ndimage.binary_dilation(mask & (parts == largest), iterations=2)
 
 
 # ---- intensities ---------------------------------------------------------------------------------------------------
@@ -229,10 +232,9 @@ def _noise(rng, axes, wavelength_mm: float) -> np.ndarray:
         first = np.floor(t).astype(int)
         u = t - first
         weights = np.zeros((len(axis), count), np.float32)
-        rows = np.arange(len(axis))
         basis = ((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)
         for offset, weight in enumerate(basis):
-            weights[rows, first + offset] = weight / 6
+            weights[np.arange(len(axis)), first + offset] = weight / 6
         # the last axis becomes the first: after three turns the order is D, H, W again
         field = np.tensordot(weights, field, axes=(1, field.ndim - 1))
     return field * np.float32(3.0)  # the spline's weights shrink the variance of three axes by 9
@@ -269,21 +271,19 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
     write_atomically(path, igzip.compress(data, compresslevel=2, mtime=0) if path.suffix == ".gz" else data)
 
 
-def write_cases(out: Path, cases: int, seed: int, layout: str, workers: int | None = None):
+def write_cases(out: Path, cases: int, seed: int, layout: str):
     """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
     out.mkdir(parents=True, exist_ok=True)
-    workers = min(cases, workers or os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(cases, os.cpu_count() or 1), get_context("spawn")) as pool:
         futures = [pool.submit(write_case, out, layout, seed, index) for index in range(cases)]
         names = [future.result() for future in tqdm(futures, unit="case")]
     if layout == "msd":
-        training = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
         description = {
             "name": "BRATS",
             "modality": {str(i): channel for i, channel in enumerate(MSD_CHANNELS.values())},
             "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
             "numTraining": cases,
-            "training": training,
+            "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
             "test": [],
         }
         write_atomically(out / "dataset.json", json.dumps(description, indent=1))

@@ -1,17 +1,22 @@
-"""Every saved figure, and the few drawing rules that they and the viewer share. Knows arrays, not files.
+"""The drawing rules that all pictures and the viewer share, and the figures of a training and of a case. Knows arrays,
+not files.
 
 Volumes come in RAS axes ([..., D, H, W]: index grows to the patient's right, to anterior, to superior) and are shown
 in radiological convention: the patient's right is on the left of the picture, anterior (or superior) is up.
 """
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: it keeps every figure, and may want a display
+from matplotlib.font_manager import findfont
 from matplotlib.patches import Patch
+from PIL import ImageFont
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES
 from models.files import write_atomically
+from models.labels import occupied_box
 
 # Label colours are told apart by people who see red and green alike (Okabe & Ito): vermilion, sky blue, yellow.
 LABEL_COLORS = {1: (0.84, 0.37, 0.00), 2: (0.34, 0.71, 0.91), 3: (0.94, 0.89, 0.26)}
@@ -50,8 +55,16 @@ def label_overlay(label: np.ndarray, opacity: float) -> np.ndarray:
 def largest_tumour_slice(label: np.ndarray, plane: str = "axial") -> int:
     """Index of the slice with most tumour voxels along a plane; the middle slice when there is no tumour."""
     axis = PLANES[plane]
-    areas = np.count_nonzero(label, axis=tuple(other for other in range(3) if other != axis))
-    return int(areas.argmax()) if areas.any() else label.shape[axis] // 2
+    box = occupied_box(label)  # counting along axes is slow, and nearly all of a head is no tumour
+    tumour = label[tuple(slice(low, high) for low, high in box)]
+    areas = np.count_nonzero(tumour, axis=tuple(other for other in range(3) if other != axis))
+    return box[axis][0] + int(areas.argmax()) if areas.size else label.shape[axis] // 2
+
+
+@lru_cache
+def load_font(size: float, path: str = "") -> ImageFont.FreeTypeFont:
+    """The font of a file, or matplotlib's own, for Pillow; `size` in pixels."""
+    return ImageFont.truetype(path or findfont("DejaVu Sans"), size)
 
 
 # ---- saved figures -------------------------------------------------------------------------------------------------
@@ -115,31 +128,6 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
     figure.suptitle(title, color="white", fontsize=11)
     lines = title.count("\n") + 1
     save_figure(figure, path, rect=(0, 0.45 / height, 1, 1 - (0.1 + 0.2 * lines) / height))
-
-
-def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, notes: dict[str, str]):
-    """Dice of every case under each run, a line joining the same case: one panel per target.
-
-    Args:
-        scores: target -> run -> Dice of the cases, in one order.
-        notes: target -> a line below the panel's title.
-    """
-    figure = Figure(figsize=(4 * len(scores), 5))
-    grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
-    for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
-        places = range(len(by_run))
-        for dice in zip(*by_run.values(), strict=True):
-            axes.plot(places, dice, color="#0072B2", marker="o", ms=4, lw=1, alpha=0.5)
-        means = [sum(dice) / len(dice) for dice in by_run.values()]
-        axes.plot(places, means, color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
-        axes.set_xticks(places, by_run, rotation=20, ha="right")
-        axes.set(xlim=(-0.5, len(by_run) - 0.5), ylim=(-0.03, 1.03))
-        axes.set_title(f"{target}\n{notes[target]}", fontsize=11)
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("Dice; a line is a case")
-    grid[0][0].legend()
-    figure.suptitle(title)
-    save_figure(figure, path)
 
 
 def save_figure(figure, path, rect=(0, 0, 1, 1)):

@@ -33,6 +33,7 @@ def to_network(
     size: int | None = 128,
     spacing_mm: float = 1.0,
     normalize: str = "percentile",
+    crop: bool = True,
 ) -> dict:
     """A case of native space as the tensors and plain numbers of a preprocessed case.
 
@@ -40,10 +41,11 @@ def to_network(
         image: [4, X, Y, Z], raw intensities of any type in the order of MODALITIES.
         label: training labels uint8 [X, Y, Z], or None.
         affine: [4, 4], voxel to mm.
-        size: side of the network cube in voxels; None keeps the crop as it is.
+        size: side of the network cube in voxels; None keeps what is cropped as it is.
         spacing_mm: isotropic spacing before the crop.
         normalize: of each modality: "percentile", to [0, 1] between the PERCENTILES of its non-zero voxels, clipped;
             or "zscore", minus their mean and divided by their standard deviation, not clipped.
+        crop: to the foreground; else the whole grid is kept.
 
     Returns `image` float32 [4, D, H, W], its background 0; `label` int64 [1, D, H, W] where there is one; `geometry`
     (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast, and warns of
@@ -57,7 +59,7 @@ def to_network(
         "target_spacing_mm": float(spacing_mm),
     }
     steps = _resampling_steps(geometry)
-    native_box = foreground_box(image)
+    native_box = foreground_box(image) if crop else [(0, n) for n in image.shape[1:]]
     if label is not None:
         _tell_labels_outside(label, native_box)
     image = to_ras(image[(slice(None), *(slice(low, high) for low, high in native_box))], affine)  # a view

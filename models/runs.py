@@ -23,7 +23,7 @@ from models.brats import MODALITIES
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
 from models.errors import InputError, one_line
-from models.files import ROOT, git_commit, write_atomically
+from models.files import ROOT, git_commit, portable, write_atomically
 
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
@@ -46,10 +46,12 @@ class Run:
     epoch: int
     amp: str  # as --amp, without "auto"
     size: list[int] | None  # of what the network takes, [D, H, W] voxels: whole cases, or patches or windows of them
-    preprocessing: dict | None  # of its cases: the arguments size, spacing_mm and normalize of to_network
+    preprocessing: dict | None  # of its cases: arguments of preprocessing.to_network
+    inference: dict  # what prediction in windows is to do otherwise than by default (see inference.predict.member_of)
     data: Path | None
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
+    fold: int | None  # of its data, that it was validated on
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------
@@ -73,9 +75,11 @@ def open_run(path: str | Path) -> Run:
         amp=checkpoint.get("amp", "off"),
         size=record.get("size"),
         preprocessing=_preprocessing(record),
+        inference=record.get("inference", {}),
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
+        fold=record.get("arguments", {}).get("fold"),
     )
 
 
@@ -273,7 +277,7 @@ def write_record(
           f"{2 * costs['gmac'] / 1e3:.3f} TFLOP per volume of {' x '.join(map(str, size))} voxels; expected peak "
           f"of a training step {costs['expected_peak_gib']:.2f} GiB of tensors (batch {arguments['batch_size']}).")
     data = arguments["data"]
-    arguments = arguments | {"data": _portable(data), "run_name": folder.name}
+    arguments = arguments | {"data": portable(data), "run_name": folder.name}
     circumstances = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git_commit(),
@@ -309,25 +313,19 @@ def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
     return {"after_epoch": after_epoch, "changed": changed}
 
 
-def _portable(path: Path) -> str:
-    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
-    path = path.resolve()
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def checkpoint_of(model, amp: str, history: list[dict]) -> dict:
-    """What best.pt holds: the network after the last epoch of the history, and what it takes to build it again."""
+def checkpoint_of(model, amp: str, epoch: int, dice_mean: float | None) -> dict:
+    """What best.pt holds: the network after so many epochs, its validation score, and what it takes to build it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "network": model.network,
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()},
         "modalities": list(MODALITIES),
         "amp": amp,
-        "epoch": len(history),
-        "dice_mean": history[-1]["dice_mean"],
+        "epoch": epoch,
+        "dice_mean": dice_mean,
         "model": model.state_dict(),
     }
 

@@ -337,7 +337,7 @@ def draw_prediction(model, settings: Settings, name: str, epoch: int, folder: Pa
 
 def write_epoch(folder: Path, history: list[dict], model, optimizer, scaler, amp: str):
     """best.pt before last.pt, so that an interruption between them repeats an epoch rather than losing the best."""
-    checkpoint = runs.checkpoint_of(model, amp, history)
+    checkpoint = runs.checkpoint_of(model, amp, len(history), history[-1]["dice_mean"])
     if max(history, key=lambda row: row["dice_mean"]) is history[-1]:  # of equal epochs the first, as in the plot
         runs.save(folder / "best.pt", checkpoint)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}

@@ -35,10 +35,15 @@ def read_case(case: Case) -> Volumes:
     _settle_background(case.name, image, affine)
     label = None
     if case.labelled:
-        path = case.files["seg"][0]
-        label, its_affine = read_label(path)
-        label = _fit(case, path, label, its_affine, reference, image.shape[1:], affine)
+        label = read_segmentation(case, reference, image.shape[1:], affine)
     return Volumes(image, label, affine)
+
+
+def read_segmentation(case: Case, reference: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Raw label values [X, Y, Z] on the grid of a reference file; refused where they lie elsewhere."""
+    path = case.files["seg"][0]
+    label, its_affine = read_label(path)
+    return _fit(case, path, label, its_affine, reference, shape, affine)
 
 
 def _read_modalities(case: Case):

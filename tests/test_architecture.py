@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from models.evaluation.jobs import Options
 from models.training import Settings
 
 SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "train_swinunetr", "evaluate",
@@ -17,16 +18,17 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
     {"errors", "files", "cli", "device", "timing"},
-    {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset", "augment",
-     "phantom"},
+    {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
+     "augment", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "cost", "metrics", "plots"},
+    {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},
     {"inference"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},
 ]
 NETWORKS = FLOORS[2]
+COMMANDS = {"models.swinunetr.import_weights"}  # scripts in all but their place: nothing imports them
 MAX_DELAYED_IMPORTS = 5
 
 
@@ -64,6 +66,8 @@ def room(module: str) -> str:
 
 
 def floor(module: str) -> int:
+    if module in COMMANDS:
+        return len(FLOORS) - 1
     (found,) = [number for number, rooms in enumerate(FLOORS) if room(module) in rooms]
     return found
 
@@ -120,11 +124,18 @@ def test_every_flag_is_read(script, monkeypatch):
     flags = vars(import_module(script).arguments()).keys() - {"debug"}  # cli.run looks for that one
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     read = names_read(source, "args")
-    if "settings_of(args, training.Settings)" in source:
-        read |= {field.name for field in fields(Settings)}
+    for kind, call in ((Settings, "training.Settings"), (Options, "jobs.Options")):
+        if f"settings_of(args, {call})" in source:
+            read |= {field.name for field in fields(kind)}
     assert not flags - read
 
 
 def test_every_setting_of_a_training_is_read():
     read = names_read((ROOT / "models/training.py").read_text(encoding="utf-8"), "settings")
     assert {field.name for field in fields(Settings)} == read
+
+
+def test_every_option_of_an_evaluation_is_read():
+    files = (ROOT / "models/evaluation").glob("*.py")
+    read = set().union(*(names_read(file.read_text(encoding="utf-8"), "options") for file in files))
+    assert {field.name for field in fields(Options)} <= read

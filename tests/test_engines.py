@@ -20,7 +20,7 @@ from models.device import DTYPES
 from models.errors import InputError
 from models.inference import engines, exports
 from models.inference.engines import ENGINES, load_engine, load_exported, why_not
-from models.inference.predict import predict, segment, segment_case
+from models.inference.predict import Member, predict, segment, segment_case
 from models.nifti import read_nifti
 from models.preprocessing import to_native, to_network
 from models.runs import CHECKPOINT_FORMAT
@@ -384,8 +384,10 @@ def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp
     """With the spacing of the run and the label values of the data set, whatever its files are called."""
     case = find_cases(raw)[0]
     path = tmp_path / "prediction.nii.gz"
-    setting = {"size": 32, "spacing_mm": spacing_mm, "scheme": scheme, "device": CPU}
-    _, spent_ms = stage_durations_ms(lambda on_stage: segment_case(case, unet, path, **setting, on_stage=on_stage))
+    setting = {"preprocessing": {"size": 32, "spacing_mm": spacing_mm}, "scheme": scheme, "device": CPU}
+    _, spent_ms = stage_durations_ms(
+        lambda on_stage: segment_case(case, Member(unet), path, **setting, on_stage=on_stage)
+    )
     assert list(spent_ms) == ["load", "preprocess", "forward", "postprocess", "write"]
     assert all(duration > 0 for duration in spent_ms.values())
     volumes = read_case(case)
@@ -397,7 +399,7 @@ def test_a_case_is_segmented_from_its_files_to_a_file_on_its_grid(unet, raw, tmp
 
 
 def test_an_image_in_network_space_is_segmented_as_it_is(unet, image):
-    label = segment(image[0].numpy(), None, unet, size=32, spacing_mm=1.0, device=CPU)
+    label = segment(image[0].numpy(), None, Member(unet), {}, CPU)
     with torch.no_grad():
         assert np.array_equal(label, unet(image)[0].argmax(0).numpy())
 

@@ -106,7 +106,7 @@ class BrightT1ce(torch.nn.Module):
 def segmenter_of(network, size=32, spacing_mm=1.0):
     unknown = dict.fromkeys(field.name for field in fields(Run))
     preprocessing = {"size": size, "spacing_mm": spacing_mm, "normalize": "percentile"}
-    run = Run(**unknown | {"name": "stub", "size": [size] * 3, "preprocessing": preprocessing})
+    run = Run(**unknown | {"name": "stub", "size": [size] * 3, "preprocessing": preprocessing, "inference": {}})
     return Segmenter(run, network, torch.device("cpu"), None)
 
 

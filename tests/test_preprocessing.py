@@ -291,10 +291,10 @@ def test_a_map_of_another_size_is_refused():
 
 
 def test_a_synthetic_case_of_brats_comes_back_exactly_where_it_keeps_its_size():
-    volumes, label, affine = make_case(0, 0)
+    volumes, label, affine = make_case(0, 0, spacing_mm=2.0)
     image = np.stack([volumes[modality] for modality in MODALITIES])
-    result = to_network(image, label, affine, size=None, normalize="zscore")
-    assert result["label"].shape[1:] == result["image"].shape[1:] < (240, 240, 155)
+    result = to_network(image, label, affine, size=None, spacing_mm=2.0, normalize="zscore")
+    assert result["geometry"]["network_size"] < result["geometry"]["resampled_shape"] == [120, 120, 78]
     assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label)
     labels = native_label_map(torch.nn.functional.one_hot(result["label"][0], 4).movedim(-1, 0), result["geometry"])
     assert np.array_equal(labels.numpy(), label)

@@ -14,7 +14,6 @@ from monai.networks.nets.swin_unetr import PatchMergingV2
 from models import build_model, size_multiple
 from models.errors import InputError
 from models.swinunetr import DEFAULTS, blocked_attention
-from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
 from models.swinunetr.network import SwinUNETR, instance_norm
 from models.swinunetr.window_attention import WindowAttention, mask_groups
 
@@ -33,6 +32,19 @@ def pair(feature_size=12, window_size=7, seed=0, **config):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return theirs.eval(), ours.eval()
+
+
+def merge_as_before_1_5(network):
+    """MONAI's network with the patch merging of its earlier versions: two neighbours are taken twice, two never."""
+    picked = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+
+    class Legacy(PatchMergingV2):
+        def forward(self, x):
+            return self.reduction(self.norm(torch.cat([x[:, d::2, h::2, w::2] for d, h, w in picked], -1)))
+
+    for module in network.modules():
+        if isinstance(module, PatchMergingV2):
+            module.__class__ = Legacy
 
 
 @pytest.mark.parametrize(
@@ -153,47 +165,11 @@ def test_no_bias_is_larger_than_one_mask_and_rows_are_aligned():
 
 def test_legacy_merging_takes_two_neighbours_twice():
     theirs, ours = pair(legacy_merging=True)
-    picked = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
-
-    class Legacy(PatchMergingV2):
-        def forward(self, x):
-            return self.reduction(self.norm(torch.cat([x[:, d::2, h::2, w::2] for d, h, w in picked], -1)))
-
     image = torch.randn(1, 4, 32, 32, 64)
     with torch.inference_mode():
         assert (ours(image) - theirs(image)).abs().max() > 1e-3
-        for module in theirs.modules():
-            if isinstance(module, PatchMergingV2):
-                module.__class__ = Legacy
+        merge_as_before_1_5(theirs)
         assert (ours(image) - theirs(image)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_imported_weights_see_our_channel_order(tmp_path, wrapped):
-    theirs, _ = pair(out_channels=3)
-    state = theirs.state_dict()
-    torch.save({"state_dict": state} if wrapped else {f"module.{k}": v for k, v in state.items()}, tmp_path / "fold.pt")
-    ours = load_monai_weights(tmp_path / "fold.pt", legacy_merging=False)
-    t1, t1ce, t2, flair = torch.randn(4, 1, 32, 64, 32)
-    with torch.inference_mode():
-        expected = theirs(torch.stack([flair, t1ce, t1, t2], 1))
-        assert (ours(torch.stack([t1, t1ce, t2, flair], 1)) - expected).abs().max() < 1e-4
-    assert load_monai_weights(tmp_path / "fold.pt").swinViT.layers1[0].downsample.order[5] == (0, 1, 0)  # legacy
-    # no other parameter has an input channel for each modality
-    fresh = SwinUNETR(**TINY).state_dict()
-    assert {name for name, weight in fresh.items() if weight.dim() == 5 and weight.shape[1] == 4} - {
-        "out.conv.conv.weight"
-    } == set(IMAGE_LAYERS)
-
-
-def test_other_weights_are_refused(tmp_path):
-    (tmp_path / "text.pt").write_text("no weights")
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
-    for name in ("text.pt", "other.pt", "missing.pt"):
-        with pytest.raises(InputError, match=name):
-            load_monai_weights(tmp_path / name)
-    with pytest.raises(InputError, match="modalities"):
-        import_state_dict({}, ("t1", "t1", "t2", "flair"))
 
 
 def test_impossible_settings_and_sides_are_refused():

@@ -58,10 +58,7 @@ def choose_models(
 
 
 def model_of(path: Path, sizes: list[int], batch_sizes: list[int], device: str) -> Model:
-    """A trained run, or a .pt2 file, which is an engine already; refused unless it was made for these sizes.
-
-    A .pt2 file does not say what spacing its cases had: 1 mm is assumed.
-    """
+    """A trained run, or a .pt2 file, which is an engine already; refused unless it was made for these sizes."""
     if path.suffix == ".pt2":
         header = read_header(path, device)
         batch, _, *sides = json.loads(header["shape"])
@@ -73,8 +70,8 @@ def model_of(path: Path, sizes: list[int], batch_sizes: list[int], device: str) 
     run = open_run(path)
     refuse_unknown_preprocessing(run)
     _require_size(path, run.size, sizes)
-    return Model(f"{run.network}-{run.name}", run.network, run.config, str(path),
-                 spacing_mm=run.preprocessing["spacing_mm"], dice=mean_test_dice(run.folder))  # fmt: skip
+    name = f"{run.network}-{run.name}"
+    return Model(name, run.network, run.config, str(path), dice=mean_test_dice(run.folder))
 
 
 def _require_size(path: Path, sides: list[int], sizes: list[int]):

@@ -25,8 +25,9 @@ from models.device import choose_device, float32_multiplication, keep_freed_memo
 from models.errors import InputError, one_line
 from models.files import ROOT
 from models.inference.engines import Engine, load_engine, with_attention
-from models.inference.predict import segment_case
-from models.runs import load_model
+from models.inference.predict import Member, member_of, segment_case
+from models.losses import labels_from_logits
+from models.runs import load_model, open_run
 from models.timing import latencies_ms, stage_durations_ms, summary_of
 
 MONAI = "monai-"  # before the name of a model: MONAI's own class with the same weights
@@ -44,7 +45,6 @@ class Model:
     source: str | None = None  # a run or a .pt2 file; None: random weights
     engines: tuple[str, ...] = ()  # that can run it; empty: all
     dtypes: tuple[str, ...] = ()  # in which it can run; empty: all
-    spacing_mm: float = 1.0  # that its cases were resampled to
     dice: float | None = None  # on the test cases of its run
 
 
@@ -228,16 +228,20 @@ def set_monai_attention(network: torch.nn.Module, kind: str):
 def parity(logits: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     return {
         "max_logit_difference": (logits.float() - reference).abs().max().item(),
-        "label_agreement": (logits.argmax(1) == reference.argmax(1)).double().mean().item(),
+        "label_agreement": (labels_from_logits(logits) == labels_from_logits(reference)).double().mean().item(),
     }
 
 
 def measure_case(job: Job, engine: Engine, device: torch.device) -> dict[str, float]:
     """Milliseconds of each stage from the files of a case to a label map on disk: those of the median repetition."""
     case = find_cases(job.case, job.labels)[0]
-    setting = {"size": job.size, "spacing_mm": job.model.spacing_mm, "scheme": scheme_of(case), "device": device}
+    member, preprocessing = Member(engine), {"size": job.size, "spacing_mm": 1.0}  # a .pt2 file does not say its own
+    if job.model.source and not is_exported(job.model):
+        run = open_run(job.model.source)
+        member, preprocessing = member_of(run, engine), run.preprocessing
+    setting = {"preprocessing": preprocessing, "scheme": scheme_of(case), "device": device}
     with tempfile.TemporaryDirectory() as folder:
-        segmented = partial(segment_case, case, engine, Path(folder, "prediction.nii.gz"), **setting)
+        segmented = partial(segment_case, case, member, Path(folder, "prediction.nii.gz"), **setting)
         repeats = [
             stage_durations_ms(lambda on_stage: segmented(on_stage=on_stage))[1] for _ in range(CASE_REPEATS + 1)
         ]

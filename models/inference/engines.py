@@ -1,8 +1,8 @@
 """Engines: the ways to run a trained network fast, all behind one function, `load_engine`.
 
 An engine is made for one shape of input. It takes a float32 image [B, 4, D, H, W] on its device and returns logits
-[B, 4, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network. `choose_engine` is
---engine of the scripts that predict.
+[B, 4 or 3, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network. `choose_engine`
+is --engine of the scripts that predict.
 
 A network that can compute its attention in several ways has a method `set_attention`, and one that has kernels of its
 own has `set_kernels`; see models.swinunetr.network.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.device import DTYPES, float32_multiplication
 from models.errors import InputError
+from models.losses import labels_from_logits
 
 FORMAT = "1"  # of the header in a .pt2 file
 # Share of equal labels below which an export is refused; in bf16 both sides round, each in its own places.
@@ -128,7 +129,7 @@ def _openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
 def check_export(run: Callable, prepared: nn.Module, image: Tensor, dtype: str, path: Path):
     """Refuse and remove an exported file that labels voxels differently than the network it was made from."""
     with torch.inference_mode(), float32_multiplication(tf32=dtype == "tf32"):
-        same = (run(image).argmax(1) == prepared(image).argmax(1)).float().mean().item()
+        same = (labels_from_logits(run(image)) == labels_from_logits(prepared(image))).float().mean().item()
     if same < AGREEMENT[dtype]:
         path.unlink()
         raise InputError(f"the exported network agrees with its original in {same:.2%} of the labels only.")

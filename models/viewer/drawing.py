@@ -1,7 +1,6 @@
 """What the viewer draws anew with every slice, straight to the pixels of the screen: pictures of slices and labels, and
 lines of text. matplotlib's own images and texts look the same and take five to ten times as long."""
 
-from functools import lru_cache
 from math import ceil, floor
 
 import numpy as np
@@ -9,9 +8,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.font_manager import findfont
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from models.plots import PLANES, label_overlay, slice_view
+from models.plots import PLANES, label_overlay, load_font, slice_view
 
 OUTLINE_SCALE = 2  # an outline is half a voxel wide
 GREYS = np.repeat(np.arange(256, dtype=np.uint8), 4).reshape(256, 4)  # grey level -> RGBA
@@ -81,7 +80,8 @@ class Line(Text):
     def draw(self, renderer):
         if not self.get_text():
             return
-        font = _font(findfont(self.get_fontproperties()), renderer.points_to_pixels(self.get_fontsize()))
+        size = renderer.points_to_pixels(self.get_fontsize())
+        font = load_font(size, findfont(self.get_fontproperties()))
         x, y = self.get_transform().transform(self.get_unitless_position())
         image = Image.new("L", (ceil(font.getlength(self.get_text())), sum(font.getmetrics())))
         ImageDraw.Draw(image).text((0, 0), self.get_text(), fill=255, font=font)
@@ -90,8 +90,3 @@ class Line(Text):
         letters[..., 3] = image
         bottom = y - image.height if self.get_va() == "top" else y
         renderer.draw_image(renderer.new_gc(), round(x - image.width / 2), round(bottom), letters[::-1])
-
-
-@lru_cache
-def _font(path: str, size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size)

@@ -12,7 +12,7 @@ from models.brats import REGIONS
 from models.device import choose_device, inference_dtype
 from models.errors import InputError
 from models.inference.engines import choose_engine
-from models.inference.predict import refuse_unknown_preprocessing, segment
+from models.inference.predict import member_of, refuse_unknown_preprocessing, segment
 from models.metrics import confusion, dice_per_target
 from models.runs import Run, load_model, open_run
 from models.timing import stage_durations_ms
@@ -48,11 +48,16 @@ def with_engine(segmenter: Segmenter, engine: str) -> Segmenter:
 
 def refuse_unfit_tensor(scene: Scene, run: Run):
     """InputError for a preprocessed case of another size than those that the run was trained on."""
-    if scene.affine is None and list(scene.image.shape[1:]) != run.size:
+    if scene.affine is not None:
+        return
+    if not run.preprocessing.get("crop", True):
+        raise InputError(f"{scene.name}: a tensor is cropped, but {run.name} predicts whole files. Name the raw case.")
+    size = run.preprocessing["size"]
+    if size is not None and list(scene.image.shape[1:]) != [size] * 3:
         sides = "x".join(map(str, scene.image.shape[1:]))
         raise InputError(
-            f"{scene.name}: a tensor of {sides} voxels, but {run.name} was trained on cubes of {run.size[0]}. "
-            f"Preprocess with --size {run.size[0]}, or name the raw case."
+            f"{scene.name}: a tensor of {sides} voxels, but {run.name} was trained on cubes of {size}. "
+            f"Preprocess with --size {size}, or name the raw case."
         )
 
 
@@ -72,8 +77,8 @@ def segment_scene(segmenter: Segmenter, scene: Scene, report: Callable[[str], No
 
         # A scene has RAS axes: with their affine, the prediction comes back to these.
         affine = None if scene.affine is None else scene.ras_affine
-        return segment(scene.image, affine, network, size=run.size[0], spacing_mm=run.preprocessing["spacing_mm"],
-                       device=segmenter.device, amp_dtype=segmenter.amp_dtype, on_stage=begin)  # fmt: skip
+        member = member_of(run, network, segmenter.amp_dtype)
+        return segment(scene.image, affine, member, run.preprocessing, segmenter.device, begin)
 
     layers = network.modules() if isinstance(network, torch.nn.Module) else ()  # an engine is a single step
     before_layer = partial(report, f"segmenting: {STAGES['forward']}")

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from csv_rows import append_rows
 
 from models.device import choose_device, device_name
 
@@ -49,12 +50,7 @@ def main():
                     row |= {f"{run['model']}_{region}": value for region, value in dice.items()}
                     row[f"{run['model']}_mean"] = sum(dice.values()) / len(dice)
     print(row)
-    is_new = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+    append_rows(args.csv, [row])
 
 
 if __name__ == "__main__":

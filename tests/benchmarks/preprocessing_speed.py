@@ -9,7 +9,6 @@ With ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AV
 """
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+from csv_rows import append_rows
 from monai import transforms as mt
 
 from models.brats import MODALITIES
@@ -135,15 +135,7 @@ def main():
              "torch": torch.__version__, "commit": git_commit(), "date": date.today().isoformat()}  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.csv:
-        new = not args.csv.is_file()
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            for row in rows:
-                cells = (row | about).items()
-                writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in cells})
+        append_rows(args.csv, [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Rows are appended to the CSV.
 """
 
 import argparse
-import csv
 import sys
 import time
 from copy import deepcopy
@@ -19,6 +18,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from csv_rows import append_rows
 from torch import nn
 
 from models import build_model, onednn
@@ -91,12 +91,7 @@ def main():
         print("{network:26} {pass:13} {side:4} batch {batch}: {torch_s:.3f} s -> {ours_s:.3f} s, {times_faster:.2f} "
               "times faster".format_map(rows[-1]))  # fmt: skip
     if args.csv:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ how far its outputs (or, in training, its loss) are from ours. Rows are appended
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from csv_rows import append_rows
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
 from models import build_model
@@ -158,12 +158,7 @@ def main():
                 for run, value in enumerate(seconds[name])
             ]  # fmt: skip
     if args.csv:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

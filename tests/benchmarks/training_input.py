@@ -10,7 +10,6 @@ of the clock, and of the processor, which other programs disturb less. Rows are 
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from csv_rows import append_rows
 from monai import transforms as mt
 from monai.data.utils import list_data_collate
 
@@ -84,12 +84,7 @@ def main():
                 })  # fmt: skip
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if args.csv:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.csv, rows)
 
 
 if __name__ == "__main__":

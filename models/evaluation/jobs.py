@@ -1,0 +1,272 @@
+"""From what is asked for to the jobs of an evaluation. All is checked before the first case: files, grids, weights."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.cases import Case, find_cases, scheme_of
+from models.dataset import read_manifest, read_split
+from models.device import inference_dtype, synchronise
+from models.errors import InputError
+from models.evaluation.cases import (
+    Item,
+    find_predictions,
+    item_on_its_grid,
+    prepared_item,
+    raw_item,
+    read_ahead,
+    read_prediction,
+    segmented,
+)
+from models.evaluation.panels import case_panel
+from models.evaluation.plan import (
+    Entry,
+    Part,
+    input_shape,
+    plan,
+    plan_raw,
+    refuse_other_preprocessing,
+    refuse_small_et,
+    refuse_trained_on,
+    trained_on,
+)
+from models.evaluation.scoring import Job
+from models.evaluation.statistics import reliability_counts
+from models.files import ROOT
+from models.inference.engines import choose_engine
+from models.inference.predict import Member, member_of, predict_all
+from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
+from models.losses import region_probabilities
+from models.metrics import confusion, dice_per_target, volumes_per_target
+from models.nifti import spacing_of, to_ras
+from models.preprocessing import label_map, native_label_map, network_spacing_mm
+from models.runs import Run, load_model, open_run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What evaluate.py was asked for; the flags of the same names say more of each."""
+
+    runs: list[Path]
+    predictions: list[Path]
+    split: str | None
+    data: Path | None
+    raw: Path | None
+    cases: Path | None
+    labels: str | None
+    same_voxels: bool
+    allow_trained_on: bool
+    space: str
+    ensemble: bool
+    tta: bool
+    overlap: float | None
+    small_et: bool
+    engine: str
+    amp: str
+    save_nifti: Path | None
+    label_values: str | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done: the entries of the tables, how a case of one is read, and what becomes of it."""
+
+    entries: list[Entry]
+    read: Callable[[Part, str], Item]
+    predict: Callable[[Entry, Part, Item], Job]
+    networks: dict[Path, torch.nn.Module] = field(default_factory=dict)  # by their checkpoints
+    members: dict[Path, Member] = field(default_factory=dict)  # these, ready to run; filled as they are needed
+
+
+def jobs_of(work: Work, failures: dict[str, str] | None) -> Iterator[Job]:
+    """Every case of every entry, predicted. With `failures` (name -> reason) a case that cannot be read is left out and
+    goes in there."""
+    for entry in work.entries:
+        for part in entry.parts:
+            for item in read_ahead(part.cases, partial(work.read, part), failures):
+                yield work.predict(entry, part, item)
+
+
+def item_of(work: Work, entry: Entry, case: str) -> Item:
+    return work.read(next(part for part in entry.parts if case in part.cases), case)
+
+
+# ---- trained runs --------------------------------------------------------------------------------------------------
+
+
+def of_runs(options: Options, device: torch.device) -> Work:
+    """InputError for cases that are missing, files that the tensors were not made from, weights that are damaged, and
+    patients that a run was trained on."""
+    runs = [open_run(path) for path in options.runs]
+    raw = raw_cases(options.cases, options) if options.cases else {}
+    entries = (plan_raw(runs, list(raw), options.ensemble) if options.cases
+               else plan(runs, options.data, options.split, options.ensemble))  # fmt: skip
+    if not options.allow_trained_on:
+        refuse_trained_on(entries)
+    refuse_other_preprocessing(entries)
+    if options.small_et:
+        refuse_small_et(entries)
+    sources = _sources(entries, options) if options.space == "native" and not options.cases else {}
+
+    def read(part: Part, name: str) -> Item:
+        if part.data:
+            return prepared_item(part.data / f"{name}.pt", sources.get((part.data, name)))
+        return raw_item(raw[name], part.runs[0].preprocessing)
+
+    def predict(entry: Entry, part: Part, item: Item) -> Job:
+        for run in part.runs:
+            if run.checkpoint not in members:  # an engine takes time to make
+                network = networks[run.checkpoint]
+                members[run.checkpoint] = ready(run, network, input_shape(part), options, device)
+        checkpoints = tuple(run.checkpoint for run in part.runs)
+        together = [members[checkpoint] for checkpoint in checkpoints]
+        if options.small_et and checkpoints not in thresholds_ml:
+            thresholds_ml[checkpoints] = small_et_ml(part, together, options, device)
+        job = predicted(item, together, options, device, thresholds_ml.get(checkpoints, 0.0))
+        folder = nifti_folder(options, entries, entry)
+        return replace(
+            job,
+            run=entry.name,
+            trained_on=item.name in trained_on(part),
+            nifti=folder and folder / f"{item.name}.nii.gz",
+            scheme=options.label_values or item.scheme,
+        )
+
+    # All networks before the first case: damaged weights must not cost an hour.
+    networks = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}
+    members, thresholds_ml = {}, {}
+    return Work(entries, read, predict, networks, members)
+
+
+def raw_cases(folder: Path, options: Options) -> dict[str, Case]:
+    """Case name -> raw case. InputError where the label values of one have no known meaning."""
+    cases = find_cases(folder, options.labels, options.same_voxels)
+    for case in cases:
+        scheme_of(case)
+    return {case.name: case for case in cases}
+
+
+def _sources(entries: list[Entry], options: Options) -> dict[tuple[Path, str], Case]:
+    """(data, case) -> the raw case with its segmentation."""
+    names = {}
+    for part in (part for entry in entries for part in entry.parts):
+        names.setdefault(part.data, set()).update(part.cases)
+    sources = {}
+    for data, cases in names.items():
+        found = raw_cases(options.raw or recorded_raw(data), options)
+        sources |= {(data, name): case for name, case in segmented(data, sorted(cases), found).items()}
+    return sources
+
+
+def recorded_raw(data: Path) -> Path:
+    """The folder of raw cases that a data set was made from."""
+    raw = read_manifest(data).get("raw")
+    if raw is None or not (ROOT / raw).is_dir():
+        where = f"not at {raw}" if raw else "not recorded"
+        raise InputError(f"{data}: the raw cases that it was made from are {where}. Say where they are with --raw, or "
+                         "give --space network.")  # fmt: skip
+    return ROOT / raw
+
+
+def nifti_folder(options: Options, entries: list[Entry], entry: Entry) -> Path | None:
+    """Where the predictions of an entry go: a folder for each where there are several."""
+    return options.save_nifti and (options.save_nifti / entry.name if len(entries) > 1 else options.save_nifti)
+
+
+def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device) -> Member:
+    """A run's network, or the engine made of it, as its record wants it to be used; the first pass is over."""
+    dtype = inference_dtype(options.amp, run.amp, device)
+    member = member_of(run, choose_engine(network, options.engine, dtype, shape[-1], device), dtype)
+    predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all others: not timed
+    return member if options.overlap is None else replace(member, overlap=options.overlap)
+
+
+def small_et_ml(part: Part, members: list[Member], options: Options, device: torch.device) -> float:
+    """The volume of --small-et for some runs: the one that is best on their validation cases."""
+    cases = []
+    for name in part.runs[0].split["validation"]:
+        item = prepared_item(part.runs[0].data / f"{name}.pt", None)
+        label = label_map(predict_all(members, item.image.to(device), options.tta)[0]).cpu()
+        dice, volumes = (measure(confusion(label, item.label)) for measure in (dice_per_target, volumes_per_target))
+        _, predicted, true = volumes["ET"]
+        cases.append((predicted * voxel_ml(network_spacing_mm(item.geometry)), dice["ET"], float(true == 0)))
+    threshold_ml = choose_small_et_ml(cases)
+    print(f"--small-et: an ET below {threshold_ml:.3g} ml becomes NCR, chosen on {len(cases)} validation cases.")
+    return threshold_ml
+
+
+def voxel_ml(spacing_mm: list[float]) -> float:
+    return float(np.prod(spacing_mm)) / 1000
+
+
+def predicted(item: Item, members: list[Member], options: Options, device: torch.device, small_et_ml: float) -> Job:
+    """One item through its networks; an ET below `small_et_ml` becomes NCR."""
+    start = time.perf_counter()
+    probabilities, spread = predict_all(members, item.image.to(device), options.tta)
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    spacing_mm, label = network_spacing_mm(item.geometry), as_array(item.label)
+    in_network = small_et_to_ncr(label_map(probabilities), voxel_ml(spacing_mm), small_et_ml).cpu().numpy()
+    job = Job(
+        case=item.name,
+        space="network",
+        prediction=in_network,
+        truth=label,
+        spacing_mm=spacing_mm,
+        panel=case_panel(item.image.numpy(), in_network, label, as_array(spread), spacing_mm),
+        shown=in_network,
+        geometry=item.geometry,
+        seconds=seconds,
+    )
+    if item.label is not None:
+        regions = region_probabilities(probabilities).cpu().numpy()
+        job = replace(job, reliability=reliability_counts(regions, label))
+    if options.space == "native" or options.save_nifti:
+        affine_mm = np.linalg.norm(np.array(item.geometry["affine"])[:3, :3], axis=0).tolist()
+        native = small_et_to_ncr(native_label_map(probabilities, item.geometry), voxel_ml(affine_mm), small_et_ml)
+        job = replace(job, native=native.cpu().numpy())
+    if options.space == "native":
+        job = replace(job, space="native", prediction=job.native, truth=item.truth, spacing_mm=affine_mm,
+                      network_truth=label)  # fmt: skip
+    return job
+
+
+def as_array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.cpu().numpy()
+
+
+# ---- label maps of another program ---------------------------------------------------------------------------------
+
+
+def of_label_maps(options: Options) -> Work:
+    """Folders of label maps, called after them, scored on the labelled cases of --raw or on those of --data and
+    --split. InputError for missing and extra label maps."""
+    raw = {name: case for name, case in raw_cases(options.raw, options).items() if case.labelled}
+    names = read_split(options.data)[options.split or "test"] if options.data else sorted(raw)
+    if missing := [name for name in names if name not in raw]:
+        raise InputError(f"{options.raw}: has no labelled case {missing[0]}, which is to be scored.")
+    folders = {folder.resolve().name: folder for folder in options.predictions}
+    if len(folders) < len(options.predictions):
+        raise InputError("--predictions: two folders have the same name, which is what the tables call them.")
+    split = f"{options.split or 'test'} cases" if options.data else "raw cases"
+    files = {name: find_predictions(folder, names) for name, folder in folders.items()}
+
+    def read(part: Part, name: str) -> Item:
+        return item_on_its_grid(raw[name])
+
+    def predict(entry: Entry, part: Part, item: Item) -> Job:
+        prediction = read_prediction(files[entry.name][item.name], item, options.label_values or item.scheme)
+        affine = np.array(item.geometry["affine"])
+        shown, spacing_mm = to_ras(prediction[None], affine)[0], spacing_of(affine)
+        panel = case_panel(item.image.numpy(), shown, item.label.numpy(), None, spacing_mm)
+        affine_mm = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        return Job(item.name, "native", prediction, item.truth, affine_mm, panel, shown, run=entry.name)
+
+    entries = [Entry(name, split, (Part((), tuple(names), None),)) for name in folders]
+    return Work(entries, read, predict)

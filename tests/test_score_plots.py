@@ -1,0 +1,49 @@
+"""The figures of an evaluation can be drawn of few and many runs and cases."""
+
+import warnings
+
+import numpy as np
+import pytest
+from conftest import make_score_rows
+from PIL import Image
+from test_panels import plain_panel
+
+from models.evaluation.score_plots import draw_scores, draw_sheets
+from models.evaluation.statistics import BINS
+
+RUNS = ["unet", "swinunetr", "ensemble", "nnU-Net", "a run of a rather long name"]
+
+
+def counts_of(runs):
+    voxels = np.array([1e6, *[100.0] * (BINS - 2), 0])
+    return {run: np.array([[voxels, voxels * np.linspace(0, 1, BINS), voxels / 2]] * 3) for run in runs}
+
+
+@pytest.mark.parametrize(("runs", "cases"), [(1, 1), (2, 4), (5, 30)])
+def test_all_figures_are_drawn_and_none_is_empty(runs, cases, tmp_path):
+    rows = make_score_rows(RUNS[:runs], [str(case) for case in range(cases)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as text that does not fit, or a logarithm of 0
+        figures = draw_scores(rows, counts_of(RUNS[:runs]), tmp_path, "some cases")
+    assert len(figures) == 3
+    for path in figures.values():
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.shape[1] >= 800 and (picture < 100).sum() > 1000
+
+
+def test_without_probabilities_there_is_no_reliability(tmp_path):
+    figures = draw_scores(make_score_rows(["a"], ["1", "2"]), {}, tmp_path, "two cases")
+    assert sorted(path.name for path in figures.values()) == ["dice_over_volume.png", "scores.png"]
+
+
+def test_values_that_do_not_apply_are_not_drawn(tmp_path):
+    rows = [row | {"hd95_mm": None} for row in make_score_rows(["a"], ["1", "2"])]
+    assert draw_scores(rows, {}, tmp_path, "two cases")
+
+
+def test_every_run_has_its_sheets_with_or_without_scores(tmp_path):
+    panels = {run: {str(case): plain_panel("red") for case in range(61)} for run in "ab"}
+    sheets = draw_sheets(make_score_rows(["a"], ["1"]), panels, tmp_path)
+    assert sheets == {run: tmp_path / f"contact_sheet_{run}_1.jpg" for run in "ab"}
+    names = {f"contact_sheet_{run}_{number}.jpg" for run in "ab" for number in (1, 2)}
+    assert {path.name for path in tmp_path.iterdir()} == names
