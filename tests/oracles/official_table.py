@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.cases import find_cases  # noqa: E402
+from models.cases import find_cases, scheme_of  # noqa: E402
 from models.labels import to_raw_labels, to_training_labels  # noqa: E402
 from models.nifti import read_label, write_label_nifti  # noqa: E402
 
