@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from models import cli
+from models.brats import LABEL_SCHEMES
 from models.files import ROOT, write_csv
 
 RESULTS = ROOT / "models/benchmark/results"
@@ -41,7 +42,7 @@ def arguments():
     parser.add_argument("--max-seconds", type=cli.positive_float, default=10,
                         help="a row's time for its passes: when it is over there are fewer, but 5 at least")
     parser.add_argument("--case", type=Path, help="a raw case: time the way from its files to a label map on disk too")
-    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
+    parser.add_argument("--labels", choices=LABEL_SCHEMES,
                         help="what the label values of that case mean, if its file names do not say")
     parser.add_argument("--profile", action="store_true", help="where the time goes, before and after: tables, traces")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
@@ -68,12 +69,12 @@ def main() -> int:
         write_table,
     )
     from models.benchmark.worker import measure, measure_speed
-    from models.brats import find_cases
+    from models.cases import find_cases, scheme_of
     from models.device import choose_device
 
     device = choose_device(args.device)
     if args.case:
-        find_cases(args.case)
+        scheme_of(find_cases(args.case, args.labels)[0])
     setting = {"engines": args.engines, "sizes": args.size or [128 if device.type == "cuda" else 96],
                "batch_sizes": args.batch_sizes, "device": device.type}  # fmt: skip
     feature_size = args.feature_size or (48 if device.type == "cuda" else 24)

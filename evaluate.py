@@ -20,6 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from models import cli
+from models.brats import LABEL_SCHEMES
 from models.errors import InputError
 
 
@@ -35,8 +36,10 @@ def arguments():
                       help="predict the raw cases of this folder instead, of any layout; those with truth are scored")
     what.add_argument("--predictions", type=Path, nargs="+", metavar="FOLDER", default=[],
                       help="score label maps <case>.nii.gz that another program made of the cases of --raw")
-    what.add_argument("--labels", choices=cli.LABEL_SCHEMES,
-                      help="what the raw label values mean, where the file names do not say")
+    what.add_argument("--labels", choices=LABEL_SCHEMES,
+                      help="what the raw label values mean, where the names of the cases do not say")
+    what.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
+                      "affines disagree; that of T1 counts")
     what.add_argument("--allow-trained-on", action="store_true",
                       help="score cases that a run was trained on, too, and mark them")
     how = parser.add_argument_group("how")
@@ -57,8 +60,9 @@ def arguments():
     out.add_argument("--save-nifti", type=Path, metavar="DIR",
                      help="write the predictions here on the original grid, as <case>.nii.gz; several runs get a "
                           "folder each")
-    out.add_argument("--label-values", choices=cli.LABEL_SCHEMES,
-                     help="label values of these files (default: as in the original data set)")
+    out.add_argument("--label-values", choices=LABEL_SCHEMES,
+                     help="label values of these files, and of those of --predictions (default: as in the original "
+                          "data set)")
     out.add_argument("--out", type=Path,
                      help="folder to write to (default: evaluation-<split>/ in the first run, or evaluation/)")
     return parser.parse_args()

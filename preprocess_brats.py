@@ -19,6 +19,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from models import cli
+from models.brats import LABEL_SCHEMES
 from models.errors import InputError
 from models.files import portable
 from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
@@ -30,7 +31,7 @@ NATIVE_MM3 = 3.4e6  # of a head after the crop: the largest of 12 cases of BraTS
 def arguments():
     parser = cli.parser(__doc__)
     parser.add_argument("raw", nargs="?", type=Path, default=Path("data/BraTS2021_Training_Data"), metavar="RAW",
-                        help="folder with the raw cases, in any BraTS or MSD Task01 layout")
+                        help="folder with the raw cases, in a layout of BraTS, MSD Task01 or nnU-Net")
     parser.add_argument("out", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="OUT",
                         help="folder for the tensors, manifest.json and splits.json")
     parser.add_argument("--size", type=cube_side, default=128,
@@ -40,8 +41,10 @@ def arguments():
     parser.add_argument("--normalize", choices=("percentile", "zscore"), default="percentile",
                         help="each modality to 0-1 between two percentiles of its non-zero voxels, or to mean 0 and "
                              "standard deviation 1 over these")
-    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
-                        help="what the raw label values mean, where the file names do not say")
+    parser.add_argument("--labels", choices=LABEL_SCHEMES,
+                        help="what the raw label values mean, where the names of the cases do not say")
+    parser.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
+                        "affines disagree; that of T1 counts")
     parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
                         help="processes; each takes less than 0.6 GiB of memory")
     parser.add_argument("--compact", action="store_true", help="store float16 and uint8: 19 MB a case instead of 50")
@@ -74,11 +77,11 @@ def usable_cpus() -> int:
 def main() -> int:
     args = arguments()
     from models import cohort
-    from models.brats import find_cases
+    from models.cases import find_cases
 
     shard = choose_shard(args.shard)
-    found = find_cases(args.raw)[: args.limit]
-    schemes = cohort.describe(found, args.raw, args.labels)
+    found = find_cases(args.raw, args.labels, args.same_voxels)[: args.limit]
+    schemes = cohort.describe(found, args.raw)
     settings = {"version": VERSION, "size": args.size, "spacing_mm": args.spacing, "compact": args.compact,
                 "normalize": args.normalize}  # fmt: skip
     division = {"seed": args.seed, "folds": args.folds, "test_share": args.test_share}
@@ -89,7 +92,7 @@ def main() -> int:
         raise InputError(f"{args.out}: cannot be made ({error.strerror}). Choose another OUT.") from None
     cases = found[shard[0] :: shard[1]] if shard else found
     manifest = open_manifest(args.out, run, [case.name for case in cases], shard)
-    todo = [case for case in cases if not cohort.is_done(case, schemes[case.layout], manifest)]
+    todo = [case for case in cases if not cohort.is_done(case, manifest)]
     refuse_full_disk(args, len(todo))
     claim(args.out, run, manifest, shard)
     print((f"Shard {shard[0]} of {shard[1]}: " if shard else "")
@@ -97,7 +100,7 @@ def main() -> int:
     failures = {}
     if todo:
         manifest_file = manifest_path(args.out, shard)
-        failures = cohort.process(todo, schemes, settings, args.out, args.workers, manifest, manifest_file)
+        failures = cohort.process(todo, settings, args.out, args.workers, manifest, manifest_file)
     for name, reason in sorted(failures.items()):
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if shard:

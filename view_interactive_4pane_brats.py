@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from models import cli
+from models.brats import LABEL_SCHEMES
 
 
 def arguments():
@@ -30,8 +31,12 @@ def arguments():
     predicted.add_argument("--prediction", type=Path, metavar="NIFTI",
                            help="a predicted label map on the grid of the case to start at")
     predicted.add_argument("--run", type=Path, help="folder of a trained run, or its checkpoint: segment with it")
-    parser.add_argument("--labels", choices=cli.LABEL_SCHEMES,
-                        help="what the raw label values mean, if the file names do not say")
+    parser.add_argument("--prediction-labels", choices=LABEL_SCHEMES,
+                        help="what the label values of --prediction mean (default: the same as those of the case)")
+    parser.add_argument("--labels", choices=LABEL_SCHEMES,
+                        help="what the raw label values mean, if the names of the cases do not say")
+    parser.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
+                        "affines disagree; that of T1 counts")
     parser.add_argument("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="plane to start in")
     parser.add_argument("--slice", type=cli.natural, help="slice to start at, counted from the patient's inferior, "
                         "posterior or left end (default: the one with the most tumour)")
@@ -54,7 +59,7 @@ def main() -> int:
 
     if args.save and (args.save.suffix.lower() != ".png" or not args.save.parent.is_dir()):
         raise InputError(f"--save {args.save}: name a .png file in a folder that exists.")
-    loaders = find_scenes(args.case, args.labels)
+    loaders = find_scenes(args.case, args.labels, args.same_voxels)
     name = args.name or next(iter(loaders))
     if name not in loaders:
         raise InputError(f"{args.case}: has no case {name}. It holds {len(loaders)}, from {min(loaders)} to "
@@ -65,7 +70,8 @@ def main() -> int:
     segmenter = segmentation.load_segmenter(args.run, args.device, args.amp) if args.run else None
     scene = loaders[name]()
     if args.prediction:
-        scene = segmentation.with_prediction(scene, read_prediction(args.prediction, scene))
+        prediction = read_prediction(args.prediction, scene, args.prediction_labels)
+        scene = segmentation.with_prediction(scene, prediction)
     segment = None
     if args.run:
         segmentation.refuse_unfit_tensor(scene, segmenter.run)

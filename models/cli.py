@@ -4,18 +4,18 @@
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from models.errors import InputError
-
-LABEL_SCHEMES = ("brats2021", "brats2023", "brats2024", "msd")  # of models.brats, which takes time to import
+from models.errors import InputError, InputWarning
 
 
 def run(main):
     """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable command or input (one
     line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of ours is not caught
     (traceback, 1)."""
+    warnings.showwarning = _show_warning
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -30,6 +30,13 @@ def run(main):
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show_warning(message, category, *where, show=warnings.showwarning, **more):
+    if category is InputWarning:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where, **more)
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:

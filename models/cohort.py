@@ -8,34 +8,41 @@ import os
 import signal
 import threading
 import time
+import warnings
+import zlib
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from models.brats import LABEL_SCHEMES, LABELS, LAYOUTS, MODALITIES, Case, read_case, to_training_labels
-from models.errors import InputError
+from models.brats import MODALITIES, SCHEME_USERS, describe_scheme
+from models.cases import LAYOUTS, Case, scheme_of
+from models.errors import InputError, InputWarning
+from models.labels import to_training_labels
 from models.manifest import write_manifest
+from models.nifti import to_ras
+from models.volumes import Volumes, read_case
 
 MANIFEST_EVERY_S = 2.0  # between two writings of the manifest: what a killed run has to do again
 MANIFEST_SHARE = 0.02  # of the time, at most, goes into writing it: the larger it is, the less often
 
 
-def describe(cases: list[Case], raw: Path, override: str | None) -> dict[str, str]:
-    """Say what was found; returns the label scheme of each layout."""
-    schemes = {}
-    for layout in sorted({case.layout for case in cases}):
-        scheme = schemes[layout] = override or layout
-        names = {0: "background", **LABELS}
-        values = ", ".join(f"{raw_value} = {names[value]}" for raw_value, value in LABEL_SCHEMES[scheme].items())
-        members = [case for case in cases if case.layout == layout]
+def describe(cases: list[Case], raw: Path) -> dict[str, int]:
+    """Say what was found; returns the label schemes and how many cases have each. Raises InputError where the label
+    values of a case have no known meaning."""
+    kinds = {}
+    for case in cases:
+        kinds.setdefault((case.layout, scheme_of(case)), []).append(case)
+    for (layout, scheme), members in sorted(kinds.items()):
         unlabelled = sum(not case.labelled for case in members)
-        print(f"{raw}: {len(members)} cases, {LAYOUTS[layout]}; labels {scheme}: {values}"
-              + (f"; {unlabelled} without segmentation" if unlabelled else ""))
-    return schemes
+        print(f"{raw}: {len(members)} cases, {LAYOUTS[layout]}; labels {scheme} ({SCHEME_USERS[scheme]}): "
+              f"{describe_scheme(scheme)}" + (f"; {unlabelled} without segmentation" if unlabelled else ""))
+    return dict(Counter(map(scheme_of, cases)))
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
@@ -54,17 +61,20 @@ def end_with_parent():
     os._exit(1)
 
 
-def process_case(case: Case, scheme: str, out: Path, settings: dict) -> dict:
+def process_case(case: Case, out: Path, settings: dict) -> dict:
     """Read, transform and save one case; returns its entry in the manifest."""
     from models.dataset import save_case  # needs torch
     from models.preprocessing import to_network  # needs torch
 
-    volumes = read_case(case)
-    label = volumes.label
-    if label is not None:
-        label = to_training_labels(label, scheme, case.files["seg"][0])
-    arguments = {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
-    result = to_network(volumes.image, label, volumes.affine, **arguments)
+    scheme = scheme_of(case)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InputWarning)
+        volumes = read_case(case)
+        label = volumes.label
+        if label is not None:
+            label = to_training_labels(label, scheme, case.files["seg"][0])
+        arguments = {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
+        result = to_network(volumes.image, label, volumes.affine, **arguments)
     result |= {"case": case.name, "modalities": list(MODALITIES), "label_scheme": scheme}
     path = out / f"{case.name}.pt"
     return {
@@ -74,24 +84,40 @@ def process_case(case: Case, scheme: str, out: Path, settings: dict) -> dict:
         "labelled": case.labelled,
         "label_scheme": scheme,
         "sources": source_sizes(case),
+        "fingerprint": fingerprint(volumes),
+        "warnings": warnings_by_text(case.name, caught),
     }
+
+
+def fingerprint(volumes: Volumes) -> str:
+    """The CRC-32 of the middle axial slice of all modalities: the same for the same scans, whatever they are called,
+    in whatever axis order and number type they are stored. "" for an empty slice."""
+    image = to_ras(volumes.image, volumes.affine)
+    middle = np.ascontiguousarray(image[..., image.shape[3] // 2], np.float32)  # [4, D, H]
+    return f"{zlib.crc32(middle):08x}" if middle.any() else ""
+
+
+def warnings_by_text(name: str, caught: list[warnings.WarningMessage]) -> dict[str, str]:
+    """What is doubtful about a case -> the files or modalities that it is doubtful about."""
+    about = {}
+    for message in (record.message for record in caught if record.category is InputWarning):
+        about.setdefault(message.args[1], []).append(message.args[0].removeprefix(f"{name}: "))
+    return {text: ", ".join(subjects) for text, subjects in about.items()}
 
 
 def source_sizes(case: Case) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in case.source_files}
 
 
-def is_done(case: Case, scheme: str, manifest: dict) -> bool:
+def is_done(case: Case, manifest: dict) -> bool:
     entry = manifest["cases"].get(case.name)
-    return entry is not None and entry["label_scheme"] == scheme and entry["sources"] == source_sizes(case)
+    return entry is not None and entry["label_scheme"] == scheme_of(case) and entry["sources"] == source_sizes(case)
 
 
 # ---- all cases -----------------------------------------------------------------------------------------------------
 
 
-def process(
-    todo: list[Case], schemes: dict[str, str], settings: dict, out: Path, workers: int, manifest: dict, file: Path
-) -> dict[str, str]:
+def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest: dict, file: Path) -> dict[str, str]:
     """Process the cases, filling the manifest, which is written to `file` now and then and in the end, however that
     comes; returns case -> reason for those that failed."""
     workers = min(workers, len(todo))
@@ -104,7 +130,7 @@ def process(
         while True:
             # A few ahead of the workers, not all: a future holds its case and its result as long as it lives.
             for case in islice(waiting, 2 * workers - len(running)):
-                running[submit(pool, case, schemes[case.layout], out, settings)] = case.name
+                running[submit(pool, case, out, settings)] = case.name
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:

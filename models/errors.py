@@ -5,6 +5,14 @@ class InputError(ValueError):
     """One line that names the file or flag and the remedy; a script ends with it and exit status 2, no traceback."""
 
 
+class InputWarning(UserWarning):
+    """What is doubtful about an input that is used all the same: InputWarning(what, text). The scripts show it in one
+    line; preprocessing keeps it in warnings.csv."""
+
+    def __str__(self):
+        return ": ".join(map(str, self.args))
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The text of an exception in one line of at most `limit` characters."""
     text = " ".join(str(error).split())

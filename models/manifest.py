@@ -1,4 +1,4 @@
-"""What a folder of preprocessed cases says of itself: manifest.json, splits.json and failures.csv.
+"""What a folder of preprocessed cases says of itself: manifest.json, splits.json, failures.csv and warnings.csv.
 
 One process writes them, or several that share a cohort: each keeps a `manifest-shard-I-of-N.json` of its own, and the
 last one to finish merges these. Nothing here imports torch: a run that finds everything done need not wait for it.
@@ -9,9 +9,11 @@ import io
 import json
 import os
 import random
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from models.brats import patient_of
 from models.errors import InputError
 from models.files import write_atomically
 
@@ -112,8 +114,13 @@ def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]
 def finish(
     out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int, test_share: float
 ) -> dict | None:
-    """Write manifest.json, failures.csv and splits.json, in this order; returns the splits, None for too few cases."""
+    """Write manifest.json, failures.csv, warnings.csv and splits.json, in this order; returns the splits, None for too
+    few cases."""
+    warnings = join_patients(manifest["cases"])
+    warnings += [(name, about, text) for name, entry in manifest["cases"].items()
+                 for text, about in entry.get("warnings", {}).items()]  # fmt: skip
     write_manifest(manifest_path(out), manifest)
+    tell_warnings(out / "warnings.csv", warnings)
     failures_csv = out / "failures.csv"
     if failures:
         table = io.StringIO()
@@ -132,6 +139,42 @@ def finish(
     for path in _shard_paths(out):
         path.unlink(missing_ok=True)
     return splits
+
+
+def join_patients(cases: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """Make the "patient" of every case that of its name, and one patient of those who share scans under two names.
+    Returns (case, the other case, what that means) of the latter."""
+    first, same, rows = {}, {}, []  # fingerprint -> case; patient -> who he is
+    for name, entry in sorted(cases.items()):
+        entry["patient"] = _representative(same, patient_of(name))
+        mark = entry.get("fingerprint")  # older manifests have none
+        if mark and first.setdefault(mark, name) != name:
+            patient, other = entry["patient"], _representative(same, cases[first[mark]]["patient"])
+            same |= {patient: other} if patient != other else {}
+            rows.append((name, f"as {first[mark]}", "the same scans under two names stay in one part of the split"))
+    for entry in cases.values():
+        entry["patient"] = _representative(same, entry["patient"])
+    return rows
+
+
+def _representative(same: dict[str, str], patient: str) -> str:
+    while patient in same:
+        patient = same[patient]
+    return patient
+
+
+def tell_warnings(path: Path, rows: list[tuple[str, str, str]]):
+    """Write warnings.csv, a row per case and warning, and print a line per kind of warning; no warning, no file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("case", "about", "warning"), *sorted(rows)])
+    write_atomically(path, table.getvalue())
+    for kind in sorted({text for _, _, text in rows}):
+        (name, about, _), *others = sorted(row for row in rows if row[2] == kind)
+        more = f" and {len(others)} more cases" if others else ""
+        print(f"warning: {name} ({about}){more}: {kind} (see {path})", file=sys.stderr)
 
 
 def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: float = 0.1) -> dict:

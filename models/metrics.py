@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.brats import LABELS, REGIONS, TARGETS, occupied_box
+from models.brats import LABELS, REGIONS, TARGETS
+from models.labels import occupied_box
 from models.lesions import EMPTY_MM, SURROUNDINGS_2023, find_parts, score_2023, score_2026
 from models.surfaces import hd95, surface_dice, surfaces
 

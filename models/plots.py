@@ -14,8 +14,9 @@ from matplotlib.font_manager import findfont
 from matplotlib.patches import Patch
 from PIL import ImageFont
 
-from models.brats import LABEL_NAMES, LABELS, MODALITIES, occupied_box
+from models.brats import LABEL_NAMES, LABELS, MODALITIES
 from models.files import write_atomically
+from models.labels import occupied_box
 
 # Label colours are told apart by people who see red and green alike (Okabe & Ito): vermilion, sky blue, yellow.
 LABEL_COLORS = {1: (0.84, 0.37, 0.00), 2: (0.34, 0.71, 0.91), 3: (0.94, 0.89, 0.26)}

@@ -10,13 +10,16 @@ From one grid to the next, each axis is scaled about the voxel edges (the conven
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, REGION_CHANNELS, native_axes, occupied_box, spacing_of, to_ras
-from models.errors import InputError
+from models.brats import MODALITIES, REGION_CHANNELS
+from models.errors import InputError, InputWarning
+from models.labels import occupied_box
+from models.nifti import native_axes, spacing_of, to_ras
 
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1 by default
 LABELS_OF_REGIONS = {"WT": 2, "TC": 1, "ET": 3}  # what a voxel of a region is, each overriding those before it
@@ -45,7 +48,8 @@ def to_network(
         crop: to the foreground; else the whole grid is kept.
 
     Returns `image` float32 [4, D, H, W], its background 0; `label` int64 [1, D, H, W] where there is one; `geometry`
-    (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast.
+    (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast, and warns of
+    labelled voxels outside the crop.
     """
     geometry = {
         "native_shape": list(image.shape[1:]),
@@ -56,6 +60,8 @@ def to_network(
     }
     steps = _resampling_steps(geometry)
     native_box = foreground_box(image) if crop else [(0, n) for n in image.shape[1:]]
+    if label is not None:
+        _tell_labels_outside(label, native_box)
     image = to_ras(image[(slice(None), *(slice(low, high) for low, high in native_box))], affine)  # a view
     native_box = _ras_box(native_box, geometry)
     native_shape = [geometry["native_shape"][axis] for axis in native_axes(affine)]
@@ -81,6 +87,13 @@ def to_network(
         label = to_ras(label[None], affine)[(slice(None), *np.ix_(*places))]  # [1, D, H, W]
         result["label"] = torch.from_numpy(label.astype(np.int64, order="C"))
     return result | {"geometry": geometry, "normalization": normalization}
+
+
+def _tell_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
+    inside = np.count_nonzero(label[tuple(slice(low, high) for low, high in box)])
+    if outside := np.count_nonzero(label) - inside:
+        which = f"segmentation, {outside} of {outside + inside} labelled voxels"
+        warnings.warn(InputWarning(which, "labelled voxels outside the head are lost in the crop"), stacklevel=3)
 
 
 def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: bool) -> tuple[torch.Tensor, dict]:

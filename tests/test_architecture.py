@@ -18,7 +18,8 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
     {"errors", "files", "cli", "device", "timing"},
-    {"brats", "manifest", "preprocessing", "cohort", "patches", "dataset", "augment", "phantom"},
+    {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
+     "augment", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
     {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},

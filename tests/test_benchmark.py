@@ -22,7 +22,8 @@ from models import build_model, timing
 from models.benchmark import figures, jobs, profiling, table, worker
 from models.benchmark.table import COLUMNS, Row
 from models.benchmark.worker import DeviceSpeed, Job, Model, Result
-from models.brats import MODALITIES, find_cases, read_case
+from models.brats import MODALITIES
+from models.cases import find_cases
 from models.errors import InputError
 from models.inference.availability import ENGINES
 from models.inference.engines import with_attention
@@ -30,6 +31,7 @@ from models.inference.exports import FORMAT
 from models.inference.predict import predict
 from models.preprocessing import to_native, to_network
 from models.runs import CHECKPOINT_FORMAT, load_model
+from models.volumes import read_case
 
 SCRIPT = "benchmark_inference.py"
 SMALL = ("--models", "unet", "--size", 32, "--engines", "eager", "--layout", "contiguous", "--device", "cpu", "--out",

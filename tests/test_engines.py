@@ -14,16 +14,19 @@ import torch
 from conftest import ROOT
 
 from models import build_model, cli
-from models.brats import MODALITIES, find_cases, read_case, read_nifti
+from models.brats import MODALITIES
+from models.cases import find_cases
 from models.device import DTYPES
 from models.errors import InputError
 from models.inference import availability, engines, exports
 from models.inference.availability import ENGINES, why_not
 from models.inference.engines import load_engine, load_exported
 from models.inference.predict import Member, predict, segment, segment_case
+from models.nifti import read_nifti
 from models.preprocessing import to_native, to_network
 from models.runs import CHECKPOINT_FORMAT
 from models.timing import stage_durations_ms
+from models.volumes import read_case
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 32, 32, 32)

@@ -13,13 +13,14 @@ from monai.transforms import Compose, ConcatItemsd, LoadImaged, NormalizeIntensi
 from test_swinunetr import TINY, merge_as_before_1_5, pair
 
 from models import build_model
-from models.brats import find_cases, read_case
+from models.cases import find_cases
 from models.errors import InputError
 from models.inference.predict import Member, member_of, predict_all, segment
 from models.preprocessing import label_map, to_native, to_network
 from models.runs import checkpoint_of, choose_folder, load_model, open_run
 from models.swinunetr.import_weights import IMAGE_LAYERS, import_run, import_state_dict, load_monai_weights
 from models.swinunetr.network import SwinUNETR
+from models.volumes import read_case
 
 PUBLISHED = ("flair", "t1ce", "t1", "t2")
 COMMAND = ("-m", "models.swinunetr.import_weights")

@@ -14,16 +14,19 @@ from conftest import LPS, run_script, write_raw_case
 from test_viewer import SCRIPT, key, open_scene, scroll
 
 from models import build_model
-from models.brats import MODALITIES, find_cases, read_case, to_ras
+from models.brats import MODALITIES
+from models.cases import find_cases
 from models.errors import InputError
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target
+from models.nifti import to_ras
 from models.preprocessing import to_native, to_network
 from models.runs import CHECKPOINT_FORMAT, Run
 from models.viewer.scene import find_scenes, load_tensor
 from models.viewer.segmentation import Segmenter, load_segmenter, segment_scene, with_engine
 from models.viewer.session import Session
 from models.viewer.window import Viewer, new_figure
+from models.volumes import read_case
 
 # ---- from case to case ---------------------------------------------------------------------------------------------
 

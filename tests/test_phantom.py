@@ -11,8 +11,10 @@ import pytest
 from conftest import ROOT
 from scipy.ndimage import label as label_parts
 
-from models.brats import find_cases, read_case, to_training_labels
+from models.cases import find_cases, scheme_of
+from models.labels import to_training_labels
 from models.phantom import make_case, write_case
+from models.volumes import read_case
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_every_layout_is_found_and_holds_the_same_labels(tmp_path, layout):
     (case,) = find_cases(tmp_path)
     volumes, label, _ = make_case(0, 1, 4.0)
     found = read_case(case)
-    assert np.array_equal(to_training_labels(found.label, case.layout), label)
+    assert np.array_equal(to_training_labels(found.label, scheme_of(case)), label)
     assert np.array_equal(found.image[3], volumes["flair"])
 
 

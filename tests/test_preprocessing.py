@@ -7,8 +7,10 @@ import torch
 from conftest import LPS, make_head
 from monai.transforms import NormalizeIntensity
 
-from models.brats import MODALITIES, TARGETS, find_cases, read_case, to_training_labels
-from models.errors import InputError
+from models.brats import MODALITIES, TARGETS
+from models.cases import find_cases
+from models.errors import InputError, InputWarning
+from models.labels import to_training_labels
 from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,
@@ -21,6 +23,7 @@ from models.preprocessing import (
     to_network,
     to_ras,
 )
+from models.volumes import read_case
 
 ORIENTATIONS = ["RAS", "LPS", "PIR", "SAL", "ILA"]
 
@@ -269,6 +272,14 @@ def test_the_foreground_holds_negative_voxels_too():
     assert foreground_box(image) == [(2, 6), (4, 6), (4, 9)]
 
 
+def test_labelled_voxels_outside_the_head_are_counted_and_told():
+    image, label = head()
+    label = label.copy()
+    label[0, 0, :5] = 2
+    with pytest.warns(InputWarning, match=rf"segmentation, 5 of {(label > 0).sum()} labelled voxels"):
+        to_network(image, label, LPS, size=32)
+
+
 def test_the_size_of_a_network_voxel_in_mm():
     image, label = head()
     geometry = to_network(image, label, LPS, size=32)["geometry"]
@@ -307,6 +318,7 @@ def test_real_cases_come_back_exactly_where_they_keep_their_size(real_cases):
         assert network_spacing_mm(result["geometry"]) == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.filterwarnings("error::models.errors.InputWarning")
 def test_real_cases_keep_their_tumours_at_128(real_cases):
     for case in find_cases(real_cases):
         volumes = read_case(case)

@@ -18,7 +18,7 @@ from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
 from models import build_model
-from models.brats import find_cases
+from models.cases import find_cases
 from models.runs import load_model, open_run
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",

@@ -7,13 +7,15 @@ import sys
 import nibabel
 import numpy as np
 import pytest
-from conftest import LPS, ROOT, run_script, write_raw_case
+from conftest import LPS, ROOT, make_head, run_script, write_raw_case
 from matplotlib.backend_bases import FigureCanvasBase, KeyEvent, MouseEvent, ResizeEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
+from test_nifti import turned
 
+from models.errors import InputError
 from models.plots import intensity_window
 from models.viewer.drawing import Line, SlicePicture
 from models.viewer.scene import find_scenes, read_prediction
@@ -144,6 +146,35 @@ def test_truth_and_prediction_swap_with_their_dice(tmp_path):
     assert "outline: prediction" in viewer.legend_text.get_text()
     key(viewer, "t")
     assert "filled: prediction" in viewer.legend_text.get_text()
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "SAR"])
+def test_a_prediction_may_have_label_values_and_an_axis_order_of_its_own(tmp_path, codes):
+    """nnU-Net's 0 to 3, as NCR, ED, ET or as ED, NCR, ET, for a case whose enhancing tumour is 4."""
+    write_raw_case(tmp_path, "C")
+    scene = open_scene(tmp_path / "C")
+    label = make_head()[1]
+    for scheme, raw_values in (("brats2023", (0, 1, 2, 3)), ("msd", (0, 2, 1, 3))):
+        prediction = np.array(raw_values, np.uint8)[label]
+        nibabel.save(nibabel.Nifti1Image(*turned(prediction, LPS, codes)), tmp_path / "p.nii.gz")
+        assert np.array_equal(read_prediction(tmp_path / "p.nii.gz", scene, scheme), scene.maps["truth"])
+
+
+def test_label_values_that_the_case_does_not_have_are_refused_with_the_flag(tmp_path):
+    _, _, label = write_raw_case(tmp_path, "C")
+    nibabel.save(nibabel.Nifti1Image(label, LPS), tmp_path / "p.nii.gz")
+    command = (SCRIPT, "C", "--prediction", "p.nii.gz", "--save", "a.png")
+    refused = run_script(*command, cwd=tmp_path, status=2)
+    assert "label value 3" in refused.stderr and "--prediction-labels" in refused.stderr
+    run_script(*command, "--prediction-labels", "brats2023", cwd=tmp_path)
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_prediction_on_another_grid_is_refused_with_both_affines(tmp_path):
+    write_raw_case(tmp_path, "C")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((44, 48, 40), np.uint8), np.eye(4)), tmp_path / "p.nii.gz")
+    with pytest.raises(InputError, match=r"\[1 0 0 0; .*\[-1 0 0 0; 0 -1 0 239"):
+        read_prediction(tmp_path / "p.nii.gz", open_scene(tmp_path / "C"))
 
 
 def test_a_probability_map_as_prediction_is_refused(tmp_path):

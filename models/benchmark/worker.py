@@ -22,7 +22,7 @@ from monai.networks.nets import SwinUNETR, UNet
 
 from models import build_model
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops, profile
-from models.brats import find_cases
+from models.cases import find_cases, scheme_of
 from models.dataset import load_case
 from models.device import choose_device, float32_multiplication, keep_freed_memory, peak_memory_gib, reset_peak_memory
 from models.errors import InputError, one_line
@@ -273,12 +273,12 @@ def mean_dice_of_engine(engine: Engine, run: Run) -> float | None:
 
 def measure_case(job: Job, engine: Engine, device: torch.device) -> dict[str, float]:
     """Milliseconds of each stage from the files of a case to a label map on disk: those of the median repetition."""
-    case = find_cases(job.case)[0]
+    case = find_cases(job.case, job.labels)[0]
     member, preprocessing = Member(engine), {"size": job.size, "spacing_mm": 1.0}  # a .pt2 file does not say its own
     if job.model.source and not is_exported(job.model):
         run = open_run(job.model.source)
         member, preprocessing = member_of(run, engine), run.preprocessing
-    setting = {"preprocessing": preprocessing, "scheme": job.labels or case.layout, "device": device}
+    setting = {"preprocessing": preprocessing, "scheme": scheme_of(case), "device": device}
     with tempfile.TemporaryDirectory() as folder:
         segmented = partial(segment_case, case, member, Path(folder, "prediction.nii.gz"), **setting)
         repeats = [

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.brats import Case, read_case, read_label, to_ras, to_training_labels
+from models.cases import Case, scheme_of
 from models.dataset import load_case
 from models.errors import InputError
+from models.labels import to_training_labels
+from models.nifti import describe_affine, onto_grid, read_label, to_ras
 from models.preprocessing import to_network
+from models.volumes import read_case, read_segmentation
 
 
 @dataclass(frozen=True)
@@ -51,34 +54,32 @@ def read_ahead(
                 yield item
 
 
-def prepared_item(path: Path, seg: Path | None) -> Item:
-    """The preprocessed case in a `.pt` file; its truth in native space is read from `seg`, if that is given."""
+def prepared_item(path: Path, raw: Case | None) -> Item:
+    """The preprocessed case in a `.pt` file; its truth in native space is that of the raw case, if that is given."""
     case = load_case(path)
     if "label" not in case:
         raise InputError(f"{path}: has no label, so it cannot be scored.")
     truth = None
-    if seg:
-        raw, affine = read_label(seg)
-        geometry = case["geometry"]
-        if list(raw.shape) != geometry["native_shape"] or not np.allclose(affine, geometry["affine"], atol=1e-2):
-            raise InputError(f"{seg}: its grid is not the one that {path} was made from. Preprocess the cases again.")
-        truth = to_training_labels(raw, case["label_scheme"], seg)
+    if raw:
+        shape, affine = tuple(case["geometry"]["native_shape"]), np.array(case["geometry"]["affine"])
+        label = read_segmentation(raw, path, shape, affine)
+        truth = to_training_labels(label, case["label_scheme"], raw.files["seg"][0])
     label = case["label"][0].to(torch.uint8)
     return Item(case["case"], case["image"], label, case["geometry"], case["label_scheme"], truth)
 
 
-def raw_item(case: Case, preprocessing: dict, scheme: str) -> Item:
+def raw_item(case: Case, preprocessing: dict) -> Item:
     """A raw case, prepared as a run wants it (`Run.preprocessing`); with or without segmentation."""
-    volumes = read_case(case)
+    volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0]) if case.labelled else None
     result = to_network(volumes.image, truth, volumes.affine, **preprocessing)
     label = result["label"][0].to(torch.uint8) if case.labelled else None
     return Item(case.name, result["image"], label, result["geometry"], scheme, truth)
 
 
-def segmentations(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dict[str, Path]:
-    """Case -> the segmentation that its tensor in `data` was made with, found among raw cases. InputError where it is
-    missing, or any file of the case has another size than when the tensor was made."""
+def segmented(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dict[str, Case]:
+    """Case -> the raw case that its tensor in `data` was made from. InputError where it or its segmentation is missing,
+    or any file of it has another size than when the tensor was made."""
     entries = json.loads((data / "manifest.json").read_text())["cases"]
     found = {}
     for name in names:
@@ -92,7 +93,7 @@ def segmentations(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dic
             if made_from.get(path.name, path.stat().st_size) != path.stat().st_size:
                 raise InputError(f"{path}: not the file that {data / name}.pt was made from (its size differs). "
                                  "Preprocess the cases again.")  # fmt: skip
-        found[name] = raw[name].files["seg"][0]
+        found[name] = raw[name]
     return found
 
 
@@ -116,9 +117,9 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: files[name] for name in sorted(names)}
 
 
-def item_on_its_grid(case: Case, scheme: str) -> Item:
+def item_on_its_grid(case: Case) -> Item:
     """A raw case as it is: the grid of the original files, with its axes in RAS order, is its network space."""
-    volumes = read_case(case)
+    volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0])
     image, label = (np.ascontiguousarray(to_ras(volume, volumes.affine)) for volume in (volumes.image, truth[None]))
     geometry = {"affine": volumes.affine.tolist(), "native_shape": list(truth.shape)}
@@ -126,12 +127,14 @@ def item_on_its_grid(case: Case, scheme: str) -> Item:
 
 
 def read_prediction(path: Path, item: Item, scheme: str) -> np.ndarray:
-    """Training labels [X, Y, Z] of a label map file. InputError unless it is on the grid of the raw files."""
+    """Training labels [X, Y, Z] of a label map file with values of `scheme`. InputError unless it is on the grid of the
+    raw files; its axes may be in another order."""
     label, affine = read_label(path)
-    shape = tuple(item.geometry["native_shape"])
-    if label.shape != shape:
+    shape, raw_affine = tuple(item.geometry["native_shape"]), np.array(item.geometry["affine"])
+    fitting = onto_grid(label, affine, shape, raw_affine)
+    if fitting is None and label.shape != shape:
         raise InputError(f"{path}: shape {label.shape}, but {item.name} has {shape}. Save it on the raw grid.")
-    if not np.allclose(affine, item.geometry["affine"], atol=1e-2):
-        raise InputError(f"{path}: its affine differs from that of the raw files of {item.name}. Save it on the raw "
-                         "grid.")  # fmt: skip
-    return to_training_labels(label, scheme, path)
+    if fitting is None:
+        raise InputError(f"{path}: its affine {describe_affine(affine)} differs from that of the raw files of "
+                         f"{item.name}, {describe_affine(raw_affine)}. Save it on the raw grid.")  # fmt: skip
+    return to_training_labels(fitting, scheme, path, "--label-values")

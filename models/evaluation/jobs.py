@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.brats import find_cases, spacing_of, to_ras
+from models.cases import Case, find_cases, scheme_of
 from models.dataset import read_manifest, read_split
 from models.device import inference_dtype, synchronise
 from models.errors import InputError
@@ -22,7 +22,7 @@ from models.evaluation.cases import (
     raw_item,
     read_ahead,
     read_prediction,
-    segmentations,
+    segmented,
 )
 from models.evaluation.panels import case_panel
 from models.evaluation.plan import (
@@ -44,6 +44,7 @@ from models.inference.predict import Member, member_of, predict_all
 from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
 from models.losses import region_probabilities
 from models.metrics import confusion, dice_per_target, volumes_per_target
+from models.nifti import spacing_of, to_ras
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run, load_model, open_run
 
@@ -59,6 +60,7 @@ class Options:
     raw: Path | None
     cases: Path | None
     labels: str | None
+    same_voxels: bool
     allow_trained_on: bool
     space: str
     ensemble: bool
@@ -102,7 +104,7 @@ def of_runs(options: Options, device: torch.device) -> Work:
     """InputError for cases that are missing, files that the tensors were not made from, weights that are damaged, and
     patients that a run was trained on."""
     runs = [open_run(path) for path in options.runs]
-    raw = {case.name: case for case in find_cases(options.cases)} if options.cases else {}
+    raw = raw_cases(options.cases, options) if options.cases else {}
     entries = (plan_raw(runs, list(raw), options.ensemble) if options.cases
                else plan(runs, options.data, options.split, options.ensemble))  # fmt: skip
     if not options.allow_trained_on:
@@ -110,12 +112,12 @@ def of_runs(options: Options, device: torch.device) -> Work:
     refuse_other_preprocessing(entries)
     if options.small_et:
         refuse_small_et(entries)
-    sources = _sources(entries, options.raw) if options.space == "native" and not options.cases else {}
+    sources = _sources(entries, options) if options.space == "native" and not options.cases else {}
 
     def read(part: Part, name: str) -> Item:
         if part.data:
             return prepared_item(part.data / f"{name}.pt", sources.get((part.data, name)))
-        return raw_item(raw[name], part.runs[0].preprocessing, options.labels or raw[name].layout)
+        return raw_item(raw[name], part.runs[0].preprocessing)
 
     def predict(entry: Entry, part: Part, item: Item) -> Job:
         for run in part.runs:
@@ -142,15 +144,23 @@ def of_runs(options: Options, device: torch.device) -> Work:
     return Work(entries, read, predict, networks, members)
 
 
-def _sources(entries: list[Entry], raw: Path | None) -> dict[tuple[Path, str], Path]:
-    """(data, case) -> the original segmentation."""
+def raw_cases(folder: Path, options: Options) -> dict[str, Case]:
+    """Case name -> raw case. InputError where the label values of one have no known meaning."""
+    cases = find_cases(folder, options.labels, options.same_voxels)
+    for case in cases:
+        scheme_of(case)
+    return {case.name: case for case in cases}
+
+
+def _sources(entries: list[Entry], options: Options) -> dict[tuple[Path, str], Case]:
+    """(data, case) -> the raw case with its segmentation."""
     names = {}
     for part in (part for entry in entries for part in entry.parts):
         names.setdefault(part.data, set()).update(part.cases)
     sources = {}
     for data, cases in names.items():
-        found = {case.name: case for case in find_cases(raw or recorded_raw(data))}
-        sources |= {(data, name): path for name, path in segmentations(data, sorted(cases), found).items()}
+        found = raw_cases(options.raw or recorded_raw(data), options)
+        sources |= {(data, name): case for name, case in segmented(data, sorted(cases), found).items()}
     return sources
 
 
@@ -238,7 +248,7 @@ def as_array(tensor: Tensor | None) -> np.ndarray | None:
 def of_label_maps(options: Options) -> Work:
     """Folders of label maps, called after them, scored on the labelled cases of --raw or on those of --data and
     --split. InputError for missing and extra label maps."""
-    raw = {case.name: case for case in find_cases(options.raw) if case.labelled}
+    raw = {name: case for name, case in raw_cases(options.raw, options).items() if case.labelled}
     names = read_split(options.data)[options.split or "test"] if options.data else sorted(raw)
     if missing := [name for name in names if name not in raw]:
         raise InputError(f"{options.raw}: has no labelled case {missing[0]}, which is to be scored.")
@@ -249,7 +259,7 @@ def of_label_maps(options: Options) -> Work:
     files = {name: find_predictions(folder, names) for name, folder in folders.items()}
 
     def read(part: Part, name: str) -> Item:
-        return item_on_its_grid(raw[name], options.labels or raw[name].layout)
+        return item_on_its_grid(raw[name])
 
     def predict(entry: Entry, part: Part, item: Item) -> Job:
         prediction = read_prediction(files[entry.name][item.name], item, options.label_values or item.scheme)

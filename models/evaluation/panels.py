@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from models.brats import LABELS, MODALITIES, occupied_box
+from models.brats import LABELS, MODALITIES
+from models.labels import occupied_box
 from models.plots import LABEL_COLORS, intensity_window, label_overlay, largest_tumour_slice, load_font, slice_view
 
 TILE = (168, 196)  # pixels, width and height of a slice

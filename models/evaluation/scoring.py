@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from models.brats import LABELS, to_raw_labels, write_label_nifti
+from models.brats import LABELS
+from models.labels import to_raw_labels
 from models.metrics import confusion, dice_per_target, score_case
+from models.nifti import write_label_nifti
 from models.preprocessing import native_label_map
 
 AHEAD = 2  # cases that may be waiting for each process

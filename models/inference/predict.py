@@ -13,12 +13,16 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from models import refuse_unfit_size
-from models.brats import REGION_CHANNELS, Case, read_case, to_raw_labels, write_label_nifti
+from models.brats import REGION_CHANNELS
+from models.cases import Case
 from models.device import synchronise
 from models.errors import InputError
+from models.labels import to_raw_labels
 from models.losses import probabilities_from_logits, region_probabilities
+from models.nifti import write_label_nifti
 from models.preprocessing import label_map, native_label_map, to_network
 from models.runs import Run
+from models.volumes import read_case
 
 MIRRORS = tuple(chain.from_iterable(combinations((1, 2, 3), count) for count in range(4)))  # the 8 sets of axes
 STAGES = ("load", "preprocess", "forward", "postprocess", "write")  # from the files of a case to a label map on disk

@@ -8,18 +8,13 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from models.brats import (
-    LABELS,
-    Case,
-    find_cases,
-    read_case,
-    read_label,
-    spacing_of,
-    to_ras,
-    to_training_labels,
-)
+from models.brats import LABELS
+from models.cases import Case, find_cases, scheme_of
 from models.errors import InputError
+from models.labels import to_training_labels
+from models.nifti import describe_affine, onto_grid, read_label, spacing_of, to_ras
 from models.plots import intensity_window
+from models.volumes import read_case
 
 
 @dataclass
@@ -64,18 +59,18 @@ class Scene:
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def find_scenes(path: Path, labels: str | None) -> dict[str, Callable[[], Scene]]:
+def find_scenes(path: Path, labels: str | None, same_voxels: bool = False) -> dict[str, Callable[[], Scene]]:
     """Case name -> function that loads it, in order: of a .pt file, a folder of them, or a folder of raw cases.
-    `labels` is the label scheme of raw cases whose file names do not say it."""
+    `labels` and `same_voxels` are those of `find_cases`."""
     tensors = [path] if path.suffix == ".pt" else sorted(path.glob("*.pt"))
     if tensors:
         return {tensor.stem: partial(load_tensor, tensor) for tensor in tensors}
-    return {case.name: partial(load_raw, case, labels) for case in find_cases(path)}
+    return {case.name: partial(load_raw, case) for case in find_cases(path, labels, same_voxels)}
 
 
-def load_raw(case: Case, labels: str | None) -> Scene:
+def load_raw(case: Case) -> Scene:
     """The scene of a raw case."""
-    scheme = labels or case.layout
+    scheme = scheme_of(case)
     volumes = read_case(case)
     maps = {}
     if volumes.label is not None:
@@ -95,12 +90,16 @@ def load_tensor(path: Path) -> Scene:
     return Scene(path.stem, case["image"].numpy(), maps, network_spacing_mm(case["geometry"]))
 
 
-def read_prediction(path: Path, scene: Scene) -> np.ndarray:
-    """A label map on the scene's own grid, as training labels [D, H, W] with RAS axes."""
-    label, affine = read_label(path)
+def read_prediction(path: Path, scene: Scene, scheme: str | None = None) -> np.ndarray:
+    """A label map of the scene's own voxels, as training labels [D, H, W] with RAS axes. `scheme` is what its values
+    mean; None: the same as those of the case."""
     if scene.affine is None:
         raise InputError("--prediction: a label map is on the original grid; give the raw case, not a .pt file.")
-    if label.shape != scene.native_shape or not np.allclose(affine, scene.affine, atol=1e-2):
-        raise InputError(f"{path}: shape {label.shape} or affine differs from {scene.name} {scene.native_shape}. "
-                         "Give a label map on the grid of the case.")
-    return to_ras(to_training_labels(label, scene.scheme, path)[None], affine)[0]
+    label, affine = read_label(path)
+    fitting = onto_grid(label, affine, scene.native_shape, scene.affine)
+    if fitting is None:
+        raise InputError(f"{path}: shape {label.shape} and affine {describe_affine(affine)} differ from those of "
+                         f"{scene.name}, {scene.native_shape} and {describe_affine(scene.affine)}. Give a label map "
+                         "on the grid of the case.")
+    label = to_training_labels(fitting, scheme or scene.scheme, path, "--prediction-labels")
+    return to_ras(label[None], scene.affine)[0]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from csv_rows import append_rows
 
-from models.brats import find_cases
+from models.cases import find_cases
 from models.device import instruction_set
 from models.files import ROOT, git_commit
 

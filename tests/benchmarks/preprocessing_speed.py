@@ -25,7 +25,8 @@ import torch
 from csv_rows import append_rows
 from monai import transforms as mt
 
-from models.brats import MODALITIES, find_cases
+from models.brats import MODALITIES
+from models.cases import find_cases
 from models.cohort import process_case
 from models.dataset import load_case
 from models.files import git_commit
@@ -97,7 +98,7 @@ def compare(case, chain, settings: dict, out: Path) -> dict:
         parts = (result[key].as_tensor().to(dtype) for key, dtype in zip(("image", "label"), dtypes, strict=True))
         torch.save(dict(zip(("image", "label"), parts, strict=True)), theirs)
 
-    ours_s = cpu_seconds(process_case, case, case.layout, out, settings)
+    ours_s = cpu_seconds(process_case, case, out, settings)
     made = load_case(ours)
     image, label = made["image"].clone(), made["label"].clone()
     ours.unlink()

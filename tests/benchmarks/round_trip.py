@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from models.brats import find_cases, read_case, to_training_labels
+from models.cases import find_cases, scheme_of
+from models.labels import to_training_labels
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
+from models.volumes import read_case
 
 
 def main():
@@ -27,7 +29,7 @@ def main():
     rows = []
     for case in find_cases(args.raw):
         volumes = read_case(case)
-        label = to_training_labels(volumes.label, case.layout)
+        label = to_training_labels(volumes.label, scheme_of(case))
         for size in args.sizes:
             result = to_network(volumes.image, label, volumes.affine, size)
             back = to_native(result["label"][0], result["geometry"])

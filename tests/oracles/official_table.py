@@ -23,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.brats import find_cases, read_label, to_raw_labels, to_training_labels, write_label_nifti  # noqa: E402
+from models.cases import find_cases, scheme_of  # noqa: E402
+from models.labels import to_raw_labels, to_training_labels  # noqa: E402
+from models.nifti import read_label, write_label_nifti  # noqa: E402
 
 GROUPS = {"WT": "wt", "TC": "tc", "ET": "et", "NCR": "netc", "ED": "snfh"}
 COLUMNS = {  # ours -> theirs; at 1 mm their voxels are our millimetres
@@ -70,7 +72,7 @@ def lay_out(raw: Path, predictions: Path, cases: set[str], folder: Path) -> dict
     for number, case in enumerate(case for case in find_cases(raw) if case.name in cases):
         name = case.name if SUBJECT.search(case.name) else f"{number:05}"
         label, affine = read_label(case.files["seg"][0])
-        truth = to_raw_labels(to_training_labels(label, case.layout), "brats2023")
+        truth = to_raw_labels(to_training_labels(label, scheme_of(case)), "brats2023")
         write_label_nifti(folder / f"ref/{name}.nii.gz", truth, affine)
         (folder / f"pred/{name}.nii.gz").symlink_to((predictions / f"{case.name}.nii.gz").resolve())
         names[f"{name}.nii.gz"] = case.name
