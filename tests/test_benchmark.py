@@ -282,6 +282,14 @@ def test_a_process_that_the_system_killed_was_out_of_memory(monkeypatch):
     assert worker.answer_of(3, "") == {"status": "failed: the process ended with exit status 3"}
 
 
+def test_equal_labels_of_a_network_of_regions_are_counted():
+    reference = torch.tensor([-2.0, 1.0, -1.0]).view(1, 3, 1, 1, 1).repeat(1, 1, 1, 1, 4)  # four voxels of oedema
+    logits = reference.clone()
+    logits[0, 1, 0, 0, 0] = 3.0  # surer, and still oedema
+    logits[0, 0, 0, 0, 1] = 0.5  # a core now, though WT has the largest logit as before
+    assert worker.parity(logits, reference) == {"max_logit_difference": 2.5, "label_agreement": 0.75}
+
+
 @pytest.mark.parametrize(("network", "config"), [
     ("unet", {"channels": (8, 16, 32, 64, 128)}), ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1)}),
 ])  # fmt: skip
