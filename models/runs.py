@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from models import build_model, cost
+from models import build_model, cost, with_defaults
 from models.brats import MODALITIES
 from models.dataset import manifest_checksum, spacing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
@@ -235,8 +235,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 def _refuse_other_network(path: Path, model):
     checkpoint = load_checkpoint(path, mmap=True)
     trained, asked = (
-        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
-        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
+        {key: value for key, value in json.loads(json.dumps(config)).items() if key not in RUNTIME_SETTINGS}
+        for config in (with_defaults(checkpoint["network"], checkpoint["config"]), model.config)
     )
     if checkpoint["network"] != model.network or trained != asked:
         raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")

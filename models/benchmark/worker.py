@@ -205,9 +205,14 @@ def make_network(model: Model) -> torch.nn.Module:
     return build_model(model.network, **model.config).eval()
 
 
+def has_monai_twin(model: Model) -> bool:
+    """Whether MONAI has a network of these settings."""
+    return model.network != "unet" or model.config.get("variant", "monai") == "monai"
+
+
 def monai_twin(model: torch.nn.Module) -> torch.nn.Module:
     """MONAI's own class, as it comes, with the weights of ours."""
-    keys = {"unet": model.config.keys(),
+    keys = {"unet": ("in_channels", "out_channels", "channels", "strides", "num_res_units"),
             "swinunetr": ("in_channels", "out_channels", "feature_size", "window_size", "depths", "num_heads")}
     config = {key: model.config[key] for key in keys[model.network]}
     twin = {"unet": UNet, "swinunetr": SwinUNETR}[model.network](spatial_dims=3, **config)
