@@ -119,6 +119,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
     data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
     data.add_argument("--noise-sd", type=positive_float, default=0.1, help="of that noise; images go from 0 to 1")
+    data.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
+                      help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
+                           "and bias fields, for few cases and many epochs")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")

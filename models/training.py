@@ -58,6 +58,7 @@ class Settings:
     rotate_probability: float
     noise_probability: float
     noise_sd: float
+    augmentation: str  # "basic", or "strong", which warps cases and changes their intensities as well
     amp: str  # a key of AMP_DTYPES, or "auto" until `resolve`
     cache: str  # "device", "ram" or "disk", or "auto" until `resolve`
     workers: int
@@ -203,7 +204,7 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}-{epoch}-{rank()}").getrandbits(60))
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     augmentation = (settings.flip_probability, settings.rotate_probability, settings.noise_probability,
-                    settings.noise_sd)
+                    settings.noise_sd, settings.augmentation == "strong")
     loss_sum, waited_s, start = torch.zeros((), device=device), 0.0, time.perf_counter()
     bar = tqdm(total=micro_steps, desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step", disable=rank() != 0)
     loader = batches(cases, order, settings.batch_size, device, settings.workers)
