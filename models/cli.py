@@ -132,6 +132,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     optimisation.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
     optimisation.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
     optimisation.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")
+    optimisation.add_argument("--ema", type=fraction, default=0.0,
+                              help="validate, test and keep an exponential moving average of the weights, with this "
+                                   "decay per update, such as 0.99; 0: the weights themselves")
     optimisation.add_argument("--seed", type=natural, default=0, help="of the weights, the order and the augmentation")
 
     runtime = parser.add_argument_group("runtime and output")

@@ -27,6 +27,8 @@ from models.files import ROOT, git_commit, write_atomically
 
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
+# Flags that older records do not name, and what they would have said.
+ADDED_FLAGS = {"augmentation": "basic", "ema": 0.0}
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
@@ -244,7 +246,7 @@ def _refuse_other_network(path: Path, model):
 
 def current_arguments(record: dict) -> dict:
     """The arguments with what the resumptions have changed."""
-    arguments = dict(record["arguments"])
+    arguments = ADDED_FLAGS | record["arguments"]
     for resumption in record.get("resumptions", ()):
         arguments |= resumption["changed"]
     return arguments
@@ -331,9 +333,13 @@ def save(path: Path, content: dict):
     write_atomically(path, buffer.getbuffer())
 
 
-def restore(path: Path, model, optimizer, scaler) -> list[dict]:
-    """Load the state after the last whole epoch; returns the history."""
+def restore(path: Path, model, average, optimizer, scaler) -> list[dict]:
+    """Load the state after the last whole epoch, with that of the `average` of the weights, if there is one; returns
+    the history."""
     checkpoint = load_checkpoint(path)
+    if average is not None:
+        load_weights(average, checkpoint, path)
+        checkpoint["model"] = checkpoint["trained_model"]
     load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])

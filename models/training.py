@@ -15,6 +15,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import runs
@@ -53,6 +54,7 @@ class Settings:
     warmup: float  # share of the updates before the peak
     weight_decay: float
     clip: float  # largest gradient norm
+    ema: float  # decay of the average of the weights that is validated and tested in their place; 0: none
     seed: int
     flip_probability: float
     rotate_probability: float
@@ -156,6 +158,7 @@ def fit(
 ) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes.
 
+    With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
     `resume` goes on after the last epoch that `folder` holds.
     """
     train_cases = Cases(settings.data, split["train"], settings.cache, device)
@@ -167,14 +170,17 @@ def fit(
         model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    history = runs.restore(folder / "last.pt", model, optimizer, scaler) if resume else []
+    average = deepcopy(model) if settings.ema else None
+    history = runs.restore(folder / "last.pt", model, average, optimizer, scaler) if resume else []
+    judged = average if settings.ema else model
     if settings.compile:
         model.compile()
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     for epoch in range(len(history), settings.epochs):
         start = time.perf_counter()
-        row = {"epoch": epoch + 1, **train_epoch(trained, train_cases, epoch, settings, optimizer, scaler, device)}
-        losses, counts = validate(model, validation_cases, settings, device)
+        trained_epoch = train_epoch(trained, train_cases, epoch, settings, optimizer, scaler, device, average)
+        row = {"epoch": epoch + 1, **trained_epoch}
+        losses, counts = validate(judged, validation_cases, settings, device)
         scores = [dice_per_target(matrix) for matrix in counts]
         row["validation_loss"] = float(losses.mean())
         row["dice_mean"] = sum(map(mean_label_dice, scores)) / len(scores)
@@ -185,14 +191,15 @@ def fit(
                              f"--amp off. {folder} keeps the epochs before it.")
         history.append(row)
         if rank() == 0:
-            write_epoch(folder, history, model, optimizer, scaler, settings.amp)
+            write_epoch(folder, history, model, average, optimizer, scaler, settings.amp)
     if world_size() > 1:
         dist.barrier()  # best.pt must be there before any process loads it
     return sum(row["seconds"] for row in history) / 60
 
 
-def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device) -> dict:
-    """One pass over the training cases. Nothing in it waits for the device before the last step is queued."""
+def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device, average=None) -> dict:
+    """One pass over the training cases; `average`, if there is one, follows the weights. Nothing in it waits for the
+    device before the last step is queued."""
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
     order = epoch_order(len(cases), settings.seed, epoch, rank(), world_size())
@@ -234,6 +241,8 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                follow(average, model, settings.ema, step)
         bar.update()
     loss_sum /= micro_steps
     if world_size() > 1:
@@ -251,6 +260,13 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     )
     bar.close()
     return row
+
+
+def follow(average, model, decay: float, step: int):
+    """Move an average of the weights towards those after update number `step`, counted from 0. The early ones are
+    forgotten sooner, or a short training would never get away from where it began."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
 
 
 @torch.inference_mode()
@@ -309,12 +325,14 @@ def draw_prediction(model, settings: Settings, name: str, epoch: int, folder: Pa
     )  # fmt: skip
 
 
-def write_epoch(folder: Path, history: list[dict], model, optimizer, scaler, amp: str):
+def write_epoch(folder: Path, history: list[dict], model, average, optimizer, scaler, amp: str):
     """best.pt before last.pt, so that an interruption between them repeats an epoch rather than losing the best."""
-    checkpoint = runs.checkpoint_of(model, amp, history)
+    checkpoint = runs.checkpoint_of(model if average is None else average, amp, history)
     if max(history, key=lambda row: row["dice_mean"]) is history[-1]:  # of equal epochs the first, as in the plot
         runs.save(folder / "best.pt", checkpoint)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    if average is not None:
+        state["trained_model"] = model.state_dict()
     runs.save(folder / "last.pt", checkpoint | state)
     write_csv(folder / "train.csv", history)
     training_plots(history, folder / "training_plots.png", f"{model.network}, {folder.name}")
