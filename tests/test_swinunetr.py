@@ -14,8 +14,9 @@ from monai.networks.nets.swin_unetr import PatchMergingV2
 from models import build_model, size_multiple
 from models.errors import InputError
 from models.swinunetr import DEFAULTS, blocked_attention
+from models.swinunetr.convolutions import instance_norm
 from models.swinunetr.import_weights import IMAGE_LAYERS, import_state_dict, load_monai_weights
-from models.swinunetr.network import SwinUNETR, instance_norm
+from models.swinunetr.network import SwinUNETR
 from models.swinunetr.window_attention import WindowAttention, mask_groups
 
 TINY = {"feature_size": 12, "window_size": 4, "depths": (1, 2, 1, 1), "num_heads": (3, 3, 3, 3)}

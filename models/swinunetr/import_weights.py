@@ -46,8 +46,8 @@ def import_state_dict(checkpoint: dict, modalities=PUBLISHED_MODALITIES) -> dict
 def load_monai_weights(path: str | Path, modalities=PUBLISHED_MODALITIES, legacy_merging: bool = True) -> SwinUNETR:
     """The network of a MONAI checkpoint file in evaluation mode, its input channels in our order.
 
-    Feature size, window size, depths, heads and output channels are read off the weights. Say `legacy_merging=False`
-    for weights that were trained with MONAI 1.5 or later.
+    Feature size, window size, depths, heads, output channels and V2 are read off the weights. Say
+    `legacy_merging=False` for weights that were trained with MONAI 1.5 or later.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,4 +79,5 @@ def settings_of(weights: dict[str, Tensor]) -> dict:
         "window_size": round(tokens ** (1 / 3)),
         "depths": tuple(depths),
         "num_heads": tuple(num_heads),
+        "v2": any(name.startswith("swinViT.layers1c.") for name in weights),
     }
