@@ -54,6 +54,8 @@ def main() -> int:
     refuse_unfit_size("swinunetr", config, size, args.data)
     device = training.setup(args.device, args.seed)
     model = build_model("swinunetr", **config)
+    if args.init and not args.resume:
+        runs.load_initial_weights(model, args.init)
     folder = runs.choose_folder(model.network, args.run_name)
     with runs.locked(folder):
         earlier = runs.record_to_resume(folder, model, vars(args), split)

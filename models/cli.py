@@ -142,6 +142,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
     runtime.add_argument("--run-name", type=folder_name,
                          help="folder below models/<network>/results/ (default: the date and time)")
+    runtime.add_argument("--init", metavar="RUN",
+                         help="start from the weights of this run of the same network (its folder, or a checkpoint), "
+                              "not from random ones")
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
                               "and what changes the speed alone may differ from what it began with")

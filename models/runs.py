@@ -11,6 +11,7 @@ import platform
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from models.files import ROOT, git_commit, write_atomically
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
-ADDED_FLAGS = {"augmentation": "basic", "ema": 0.0}
+ADDED_FLAGS = {"augmentation": "basic", "ema": 0.0, "init": None}
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
@@ -59,8 +60,7 @@ class Run:
 
 def open_run(path: str | Path) -> Run:
     """The run in a folder, or that of a checkpoint file. InputError where there is none or it is damaged."""
-    path = Path(path)
-    checkpoint_file = path / "best.pt" if path.is_dir() else path
+    checkpoint_file = _checkpoint_file(path)
     checkpoint = load_checkpoint(checkpoint_file, mmap=True)
     folder = checkpoint_file.resolve().parent
     record = read_record(folder)
@@ -97,12 +97,24 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
 
     A missing, damaged or mismatched file is an InputError: weights are loaded strictly or not at all.
     """
-    path = Path(path)
-    path = path / "best.pt" if path.is_dir() else path
+    path = _checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["network"], **checkpoint["config"])
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), checkpoint
+
+
+def load_initial_weights(model, path: str | Path):
+    """Give a network the weights of a run (its folder, or a checkpoint file). InputError unless that is a network with
+    the same settings."""
+    path = _checkpoint_file(path)
+    _refuse_other_network(path, model)
+    load_weights(model, load_checkpoint(path), path)
+
+
+def _checkpoint_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "best.pt" if path.is_dir() else path
 
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict:
@@ -289,6 +301,8 @@ def write_record(
             **costs,
             **circumstances,
         }
+        if arguments["init"]:
+            record["initial_weights"] = _initial_weights(_checkpoint_file(arguments["init"]))
     else:
         resumption = _resumption(folder, earlier, arguments) | circumstances
         record = earlier | {"resumptions": [*earlier.get("resumptions", ()), resumption]}
@@ -302,6 +316,12 @@ def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
     said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
     print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
     return {"after_epoch": after_epoch, "changed": changed}
+
+
+def _initial_weights(path: Path) -> dict:
+    """Which checkpoint a training began with, so that it can be told from a later one of the same name."""
+    return {"checkpoint": _portable(path), "epoch": load_checkpoint(path, mmap=True)["epoch"],
+            "crc32": f"{zlib.crc32(path.read_bytes()):08x}"}  # fmt: skip
 
 
 def _portable(path: Path) -> str:

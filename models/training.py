@@ -56,6 +56,7 @@ class Settings:
     clip: float  # largest gradient norm
     ema: float  # decay of the average of the weights that is validated and tested in their place; 0: none
     seed: int
+    init: str | None  # the run whose weights the network was given before the training
     flip_probability: float
     rotate_probability: float
     noise_probability: float
@@ -163,7 +164,7 @@ def fit(
     """
     train_cases = Cases(settings.data, split["train"], settings.cache, device)
     validation_cases = Cases(settings.data, split["validation"], settings.cache, device)
-    if not resume:
+    if not resume and not settings.init:
         start_at_class_frequencies(model, train_cases)
     model.to(device)
     optimizer = torch.optim.AdamW(
