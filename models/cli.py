@@ -122,6 +122,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
                       help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
                            "and bias fields, for few cases and many epochs")
+    data.add_argument("--copy-paste", type=fraction, default=0.0,
+                      help="probability that a case gets the tumour of another training case pasted in")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")

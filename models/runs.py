@@ -29,7 +29,7 @@ from models.files import ROOT, git_commit, write_atomically
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
-ADDED_FLAGS = {"augmentation": "basic", "ema": 0.0, "init": None}
+ADDED_FLAGS = {"augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None}
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",

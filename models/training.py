@@ -21,6 +21,7 @@ from tqdm import tqdm
 from models import runs
 from models.augment import augment
 from models.brats import LABELS, TARGETS
+from models.copy_paste import paste_tumours
 from models.dataset import Cases, batches, choose_input, epoch_order, load_case
 from models.device import (
     AMP_DTYPES,
@@ -62,6 +63,7 @@ class Settings:
     noise_probability: float
     noise_sd: float
     augmentation: str  # "basic", or "strong", which warps cases and changes their intensities as well
+    copy_paste: float  # probability that a case gets the tumour of another one as well
     amp: str  # a key of AMP_DTYPES, or "auto" until `resolve`
     cache: str  # "device", "ram" or "disk", or "auto" until `resolve`
     workers: int
@@ -219,6 +221,8 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     batch = None
     for micro_step, (images, labels, wait_s) in enumerate(loader):
         waited_s += wait_s
+        if settings.copy_paste:
+            images, labels = paste_tumours(images, labels, cases, settings.copy_paste, generator)
         # Into the memory of the last batch: its backward pass is over.
         batch = image, label = augment(images, labels, generator, *augmentation, out=batch)
         # The last window can be shorter: divide by the steps that it really has.
