@@ -37,14 +37,16 @@ def augment(
                torch.empty(count, 1, *shape, dtype=torch.long, device=device))  # fmt: skip
     image_batch, label_batch = (batch[:count] for batch in out)
     threads = torch.get_num_threads()
-    if device.type == "cpu":
-        # These are many short operations: threads would wait for one another longer than they work.
-        torch.set_num_threads(1)
+    # These are many short operations: threads would wait for one another longer than they work.
+    few = 1 if device.type == "cpu" else threads
+    torch.set_num_threads(few)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         order, backwards = _flips_and_rotation(shape, generator, flip_probability, rotate_probability)
         warp = draw_warp(generator) if strong else None
         if warp:
+            torch.set_num_threads(threads)  # this is a long one
             resample(image, label, warp, order, backwards, image_batch[index], label_batch[index])
+            torch.set_num_threads(few)
         else:
             # Volume by volume [D, H, W]: what lies between reading and writing stays small.
             for source, target in zip((*image, *label), (*image_batch[index], *label_batch[index]), strict=True):

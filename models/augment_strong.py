@@ -108,21 +108,30 @@ def resample(image: Tensor, label: Tensor, warp: Warp, order, backwards, image_o
     some of them `backwards`) and then warped, into other memory of that shape, all in one interpolation: linear for the
     image, the label that weighs most for the labels. From outside comes background, 0."""
     shape = image.shape[1:]
+    values = torch.arange(1, 4, device=label.device).view(3, 1, 1, 1)
+    volumes = torch.cat((image.float(), (label == values).float()))  # [4 + 3, D, H, W]
+    slabs = math.gcd(shape[0], torch.get_num_threads())  # on a CPU torch gives each thread a sample of the batch
+    grid = _places(warp, order, backwards, shape, image.device).unflatten(0, (slabs, -1))  # [slabs, D / slabs, H, W, 3]
+    moved = F.grid_sample(volumes.expand(slabs, *volumes.shape), grid, align_corners=True)
+    images, shares = moved.split((len(image), 3), 1)  # [slabs, 4 or 3, D / slabs, H, W]
+    image_out.unflatten(1, (slabs, -1)).copy_(images.movedim(0, 1))
+    largest, winner = shares.max(1)
+    label_out[0] = torch.where(largest > 1 - shares.sum(1), winner + 1, 0).flatten(0, 1)
+
+
+def _places(warp: Warp, order, backwards, shape, device) -> Tensor:
+    """Where each voxel comes from, [D, H, W, 3], as torch's grids say it: from -1 to 1, the last axis first."""
     turn = torch.zeros(3, 3)
     for axis, source in enumerate(order):
         turn[source, axis] = -1 if axis in backwards else 1
-    half = torch.tensor([(side - 1) / 2 for side in shape])  # voxels from the centre to where torch's grid has 1
-    places = (turn @ warp.matrix) * half / half[:, None]
-    places = F.pad(places.flip(0, 1), (0, 1))  # [3, 4], the last axis first, as torch's grids have it
-    grid = F.affine_grid(places[None].to(image.device), [1, 1, *shape], align_corners=True)  # [1, D, H, W, 3]
+    half = torch.tensor([(side - 1) / 2 for side in shape])  # voxels from the centre to where a grid has 1
+    matrix = (turn @ warp.matrix) * half / half[:, None]
+    d, h, w = (torch.linspace(-1, 1, side, device=device) for side in shape)
+    planes = [a * d[:, None, None] + b * h[:, None] + c * w for a, b, c in matrix.flip(0).tolist()]
     if warp.waves is not None:
-        grid += smooth_field(warp.waves.to(image.device), shape).movedim(0, -1)
-    values = torch.arange(1, 4, device=label.device).view(3, 1, 1, 1)
-    volumes = torch.cat((image.float(), (label == values).float()))[None]  # [1, 4 + 3, D, H, W]
-    image_moved, shares = F.grid_sample(volumes, grid, align_corners=True)[0].split((len(image), 3))
-    image_out.copy_(image_moved)
-    largest, winner = shares.max(0)
-    label_out[0] = torch.where(largest > 1 - shares.sum(0), winner + 1, 0)
+        for plane, shift in zip(planes, smooth_field(warp.waves.to(device), shape), strict=True):
+            plane += shift
+    return torch.stack(planes).movedim(0, -1)
 
 
 def smooth_field(waves: Tensor, shape) -> Tensor:
