@@ -8,6 +8,8 @@ tensors take 5.5 GiB at 128x128x128 in bf16 (counted); evaluate.py compares the 
   python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
   python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (3.0 GiB, slower)
   torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
+  python train_swinunetr.py DATA --patch 128 --regions                       (as in the paper; DATA preprocessed with
+                                                                              --size native --normalize zscore)
   python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit
                                                                               8: a minute on a CPU)
 """
@@ -44,14 +46,14 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import build_model, refuse_unfit_size, runs, training
-    from models.dataset import read_split, size_of_cases
+    from models.dataset import input_size, read_split
 
     split = read_split(args.data, args.fold)
-    size = size_of_cases(args.data, split)
-    config = {"feature_size": args.feature_size, "window_size": args.window_size, "attention": args.attention,
-              "checkpointing": args.checkpointing, "v2": args.v2, "drop_path": args.drop_path,
-              "use_attention": not args.no_attention}  # fmt: skip
-    refuse_unfit_size("swinunetr", config, size, args.data)
+    size = input_size(args.data, split, args.patch)
+    config = {"out_channels": 3 if args.regions else 4, "feature_size": args.feature_size,
+              "window_size": args.window_size, "attention": args.attention, "checkpointing": args.checkpointing,
+              "v2": args.v2, "drop_path": args.drop_path, "use_attention": not args.no_attention}
+    refuse_unfit_size("swinunetr", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed)
     model = build_model("swinunetr", **config)
     if args.init and not args.resume:

@@ -6,6 +6,7 @@ test_results.csv and test_prediction_overlay.png.
 
   python train_unet.py data/preprocessed_tensors                        (one GPU; or the CPU, slowly)
   torchrun --nproc-per-node 4 train_unet.py data/preprocessed_tensors   (several GPUs)
+  python train_unet.py DATA --patch 128 --regions                       (DATA preprocessed with --size native)
   python train_unet.py DATA --epochs 3 --run-name first                 (DATA preprocessed with --size 64 --limit 8:
                                                                          a minute on a CPU)
 """
@@ -35,13 +36,13 @@ def arguments():
 def main() -> int:
     args = arguments()
     from models import build_model, refuse_unfit_size, runs, training
-    from models.dataset import read_split, size_of_cases
+    from models.dataset import input_size, read_split
 
     split = read_split(args.data, args.fold)
-    size = size_of_cases(args.data, split)
-    config = {"variant": args.variant, "channels": args.channels, "convolutions": args.convolutions,
-              "residual": args.residual, "upsampling": args.upsampling}  # fmt: skip
-    refuse_unfit_size("unet", config, size, args.data)
+    size = input_size(args.data, split, args.patch)
+    config = {"out_channels": 3 if args.regions else 4, "variant": args.variant, "channels": args.channels,
+              "convolutions": args.convolutions, "residual": args.residual, "upsampling": args.upsampling}
+    refuse_unfit_size("unet", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed)
     model = build_model("unet", **config)
     if args.init and not args.resume:

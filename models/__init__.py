@@ -8,7 +8,8 @@ NETWORKS = ("unet", "swinunetr")  # each a subpackage with DEFAULTS, SIZE_MULTIP
 
 
 def build_model(name: str, **config):
-    """A network with fresh weights that maps [B, 4, D, H, W] to label logits [B, 4, D, H, W].
+    """A network with fresh weights that maps [B, 4, D, H, W] to logits [B, 4, D, H, W] of labels or, with
+    `out_channels=3`, of regions (see losses.py).
 
     `config` overrides the network's DEFAULTS. The result carries `network` (its name) and `config` (complete).
     """
@@ -34,18 +35,20 @@ def size_multiple(name: str) -> int:
     return _subpackage(name).SIZE_MULTIPLE
 
 
-def refuse_unfit_size(name: str, config: dict, size, where: str):
-    """InputError unless the network can be trained on volumes of this size [D, H, W] (voxels); `where` they are."""
+def refuse_unfit_size(name: str, config: dict, size, data, patch: int | None = None):
+    """InputError unless the network can be trained on volumes of this size [D, H, W] (voxels): the cases in the folder
+    `data`, or patches of them."""
     package = _subpackage(name)
     multiple, voxels = package.SIZE_MULTIPLE, " x ".join(map(str, size))
+    given = f"--patch {patch}: {name}" if patch else f"{data}: cases of {voxels} voxels, but {name}"
+    remedy = "Choose --patch" if patch else "Preprocess with --size"
     if any(side % multiple for side in size):
         fitting = max(multiple, round(size[0] / multiple) * multiple)
-        raise InputError(f"{where}: cases of {voxels} voxels, but {name} needs sides that {multiple} divides. "
-                         f"Preprocess with --size {fitting}.")
+        raise InputError(f"{given} needs sides that {multiple} divides. {remedy} {fitting}.")
     smallest, reason = package.smallest_side(with_defaults(name, config))
     if min(size) < smallest:
-        raise InputError(f"{where}: cases of {voxels} voxels, but {name} needs sides of {smallest} or more: {reason}. "
-                         f"Preprocess with --size {-(-smallest // multiple) * multiple} or more.")
+        raise InputError(f"{given} needs sides of {smallest} or more: {reason}. "
+                         f"{remedy} {-(-smallest // multiple) * multiple} or more.")
 
 
 def _subpackage(name: str):

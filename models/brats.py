@@ -34,6 +34,7 @@ MODALITIES = ("t1", "t1ce", "t2", "flair")  # the channel order of every tensor,
 LABELS = {1: "NCR", 2: "ED", 3: "ET"}  # training labels; 0 is background
 LABEL_NAMES = {"NCR": "necrotic / non-enhancing core", "ED": "oedema", "ET": "enhancing tumour"}
 REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+REGION_CHANNELS = ("TC", "WT", "ET")  # the order of a network's outputs where they are regions, not labels
 TARGETS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,), "NCR": (1,), "ED": (2,)}  # what is scored, in table order
 
 # Raw label -> training label. The meaning of a raw value is decided per data set: 4 is the enhancing tumour up to

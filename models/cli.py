@@ -110,6 +110,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
                       help="folder made by preprocess_brats.py")
     data.add_argument("--fold", type=natural, help="train and validate on this cross-validation fold of splits.json")
+    data.add_argument("--patch", type=positive_int,
+                      help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
+                           "two around tumour, instead of whole cases; cases of --size native need it")
     data.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
                       help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
                            "epoch; auto: the first of these that has twice the space that they take")
@@ -118,7 +121,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
     data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
     data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
-    data.add_argument("--noise-sd", type=positive_float, default=0.1, help="of that noise; images go from 0 to 1")
+    data.add_argument("--noise-sd", type=positive_float, default=0.1,
+                      help="of that noise; an image goes from 0 to 1 or, where it was preprocessed with --normalize "
+                           "zscore, has the standard deviation 1")
     data.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
                       help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
                            "and bias fields, for few cases and many epochs")
@@ -126,6 +131,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
                       help="probability that a case gets the tumour of another training case pasted in")
 
     optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--regions", action="store_true",
+                              help="learn the overlapping regions TC, WT and ET, with a sigmoid each, instead of the "
+                                   "labels, with a softmax")
     optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
     optimisation.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
     optimisation.add_argument("--accumulate", type=positive_int, default=1,

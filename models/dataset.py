@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import time
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from models.brats import MODALITIES
 from models.device import decided_once, free_memory_bytes, free_ram_bytes, processes_here, rank
 from models.errors import InputError, one_line
+from models.patches import crop, tumour_voxels
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
 SHARED_MEMORY = Path("/dev/shm")  # worker processes hand over what they read through it (Linux)
@@ -80,9 +82,15 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
     return case
 
 
-def size_of_cases(data: Path, split: dict[str, list[str]]) -> list[int]:
-    """The size [D, H, W] (voxels) that all cases of a split share. InputError for one that is missing, damaged, without
-    label or of another size."""
+def input_size(data: Path, split: dict[str, list[str]], patch: int | None = None) -> list[int]:
+    """The size [D, H, W] (voxels) of what a network is trained on: the one that all cases of a split share or, with
+    `patch`, that of the cubes that are cut from them.
+
+    InputError for a case that is missing, damaged or without label, for cases of several sizes without `patch`, and for
+    a patch that is larger than any of them.
+    """
+    if patch is None and preprocessing_of_cases(data)["size"] is None:
+        raise InputError(f"{data}: its cases keep their own sizes (--size native). Say --patch, such as --patch 128.")
     sizes = {}
     for name in split["train"] + split["validation"] + split["test"]:
         path = data / f"{name}.pt"
@@ -90,6 +98,12 @@ def size_of_cases(data: Path, split: dict[str, list[str]]) -> list[int]:
         if "label" not in case:
             raise InputError(f"{path}: has no label, so it cannot be trained on. Preprocess {data} again.")
         sizes[tuple(case["image"].shape[1:])] = path
+    largest = max(map(max, sizes))
+    if patch and patch > largest:
+        raise InputError(f"--patch {patch}: no case in {data} has more than {largest} voxels along an axis. Choose a "
+                         "smaller patch.")  # fmt: skip
+    if patch:
+        return [patch] * 3
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise InputError(f"{first} is {a} and {second} is {b}. Preprocess all cases with one --size.")
@@ -105,8 +119,8 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
     if not path.is_file():
         if Path(data, "manifest.json").is_file():
             raise InputError(
-                f"{data}: no splits.json: the preprocessing has not finished, or there were too few cases to split (3 "
-                "labelled patients are needed). Run preprocess_brats.py again."
+                f"{data}: no splits.json: the preprocessing has not finished, or there were too few cases to split "
+                "(labelled patients to train, to validate and to test are needed). Run preprocess_brats.py again."
             )
         raise InputError(f"{data}: no preprocessed cases here. Make them with preprocess_brats.py.")
     splits = json.loads(path.read_text())
@@ -121,13 +135,17 @@ def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = _manifest(data)
     sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
-    identity = [manifest["settings"], sums]
+    # Before there was a choice of "normalize", the settings did not name it: the same data keep their checksum.
+    settings = {k: value for k, value in manifest["settings"].items() if (k, value) != ("normalize", "percentile")}
+    identity = [settings, sums]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def spacing_of_cases(data: str | Path) -> float:
-    """The --spacing that a data set was preprocessed with, in mm."""
-    return _manifest(data)["settings"]["spacing_mm"]
+def preprocessing_of_cases(data: str | Path) -> dict:
+    """How the cases of a data set were made, as `preprocessing.to_network` takes it: size (of the cube in voxels, None
+    for the crop as it is), spacing_mm, normalize."""
+    settings = {"normalize": "percentile"} | _manifest(data)["settings"]
+    return {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
 
 
 def _manifest(data: str | Path) -> dict:
@@ -141,27 +159,33 @@ def _manifest(data: str | Path) -> dict:
 
 
 def choose_input(
-    data: Path, names: list[str], cache: str, workers: int, batch_size: int, device: torch.device
+    data: Path, names: list[str], cache: str, workers: int, batch_size: int, patch: int | None, device: torch.device
 ) -> tuple[str, int]:
     """--cache without "auto" for the cases of these names, and as many of the --workers as there is shared memory for.
     Raises InputError for a cache that does not fit. Call it before any process takes memory."""
 
     def decide():
-        case = load_case(data / f"{names[0]}.pt", as_stored=True)
-        case_bytes = case["image"].nbytes + case["label"].numel()  # every label is kept as uint8
-        return choose_cache(cache, len(names), case_bytes, device), choose_workers(workers, batch_size * case_bytes)
+        images = (load_case(data / f"{name}.pt", as_stored=True)["image"] for name in names)
+        case_bytes = [image.nbytes + image[0].numel() for image in images]  # every label is kept as uint8
+        largest, batch_bytes = max(case_bytes), batch_size * max(case_bytes)
+        if patch:
+            first = load_case(data / f"{names[0]}.pt", as_stored=True)["image"]
+            patch_bytes = patch**3 * (len(MODALITIES) * first.element_size() + 1)
+            batch_bytes = max(batch_size * patch_bytes, largest)  # a whole case is validated on at a time
+        return choose_cache(cache, case_bytes, patch is None, device), choose_workers(workers, batch_bytes)
 
     return decided_once(decide)
 
 
-def choose_cache(choice: str, count: int, case_bytes: int, device: torch.device) -> str:
-    """Where `count` cases are kept: "device", "ram" or "disk", printed in one line. Raises InputError if `choice` is
-    not "auto" and too small."""
-    memory = {"ram": (count * case_bytes * processes_here(), free_ram_bytes())}  # every process keeps its own copy
+def choose_cache(choice: str, case_bytes: list[int], pinned: bool, device: torch.device) -> str:
+    """Where cases of these sizes are kept: "device", "ram" or "disk", printed in one line. Raises InputError if
+    `choice` is not "auto" and too small. `pinned` says whether RAM beside a GPU is pinned."""
+    count, needed = len(case_bytes), sum(case_bytes)
+    memory = {"ram": (needed * processes_here(), free_ram_bytes())}  # every process keeps its own copy
     if device.type == "cuda":
         # Pinned memory comes in blocks of a power of two.
-        pinned = count * 2 ** (case_bytes - 1).bit_length() * processes_here()
-        memory = {"device": (count * case_bytes, free_memory_bytes(device)), "ram": (pinned, free_ram_bytes())}
+        in_ram = sum(2 ** (size - 1).bit_length() for size in case_bytes) if pinned else needed
+        memory = {"device": (needed, free_memory_bytes(device)), "ram": (in_ram * processes_here(), free_ram_bytes())}
     elif choice == "device":
         choice = "ram"
     # Half, because the training takes memory, too.
@@ -194,32 +218,54 @@ def choose_workers(wanted: int, batch_bytes: int) -> int:
 
 
 class Cases(Dataset):
-    """Labelled cases by index: image [4, D, H, W] as stored and label uint8 [1, D, H, W]. `cache` says where they are
-    kept: "device", "ram" (pinned, if the device is a GPU) or "disk", where they are read each time."""
+    """Labelled cases: image [4, D, H, W] as stored and label uint8 [1, D, H, W], by index; by (index, box), what of
+    them lies in the box, [low, high) along each axis. `cache` says where they are kept: "device", "ram" (pinned with
+    `pin`, if the device is a GPU) or "disk", where they are read each time, and of a box nothing but that."""
 
-    def __init__(self, data: str | Path, names: list[str], cache: str, device: torch.device):
+    def __init__(self, data: str | Path, names: list[str], cache: str, device: torch.device, pin: bool = True):
         self.paths = [Path(data) / f"{name}.pt" for name in names]
+        self.batches_need_pinning = device.type == "cuda" and (cache == "disk" or (cache == "ram" and not pin))
         self.kept = []
         if cache == "disk":
             return
         for index in tqdm(range(len(names)), "reading", unit="case", leave=False, disable=rank() != 0):
-            case = self._read(index)
-            if device.type == "cuda":
+            case = _copies(*self._mapped(index))
+            if device.type == "cuda" and not self.batches_need_pinning:
                 case = tuple(part.to(device) if cache == "device" else part.pin_memory() for part in case)
             self.kept.append(case)
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kept[index] if self.kept else self._read(index)
+    def __getitem__(self, key: int | tuple[int, list[tuple[int, int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        index, box = key if isinstance(key, tuple) else (key, None)
+        parts = self.kept[index] if self.kept else self._mapped(index)
+        if box:
+            parts = [crop(part, box) for part in parts]
+        return tuple(part.contiguous() for part in parts) if self.kept else _copies(*parts)
 
-    def _read(self, index: int):
+    @cached_property
+    def outlines(self) -> list[tuple[torch.Size, torch.Tensor]]:
+        """Shape [D, H, W] and tumour voxels of each case, to choose patches by; of a case on disk the label is read."""
+        labels = (self.label(index) for index in tqdm(range(len(self)), "looking for tumours", unit="case",
+                                                      leave=False, disable=rank() != 0))  # fmt: skip
+        return [(label.shape[1:], tumour_voxels(label)) for label in labels]
+
+    def label(self, index: int) -> torch.Tensor:
+        """The label [1, D, H, W] alone, of any integer type."""
+        return (self.kept[index] if self.kept else self._mapped(index))[1]
+
+    def _mapped(self, index: int):
+        """Image and label of a file: what is not touched is not read."""
         case = load_case(self.paths[index], as_stored=True)
         if "label" not in case:
             raise InputError(f"{self.paths[index]}: has no label, so it cannot be trained on or scored.")
-        # The copies read the file now; a label takes 2 MB as uint8 and 16 MB as int64.
-        return case["image"].clone(), case["label"].to(torch.uint8, copy=True)
+        return case["image"], case["label"]
+
+
+def _copies(image, label):
+    """They read the file now; a label takes 2 MB as uint8 and 16 MB as int64."""
+    return image.clone(), label.to(torch.uint8, copy=True)
 
 
 def epoch_order(count: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -231,9 +277,9 @@ def epoch_order(count: int, seed: int, epoch: int, rank: int = 0, world_size: in
     return list(islice(cycle(order), rank, share * world_size, world_size))
 
 
-def batches(cases: Cases, order: list[int], batch_size: int, device: torch.device, workers: int):
-    """Yield (B images, B labels, seconds waited): what `cases` has, on `device`, in lists rather than stacked, because
-    whoever makes the batch of them converts their type, too, and copies them only once.
+def batches(cases: Cases, order: list, batch_size: int, device: torch.device, workers: int):
+    """Yield (B images, B labels, seconds waited): what `cases` has for the keys in `order`, on `device`, in lists
+    rather than stacked, because whoever makes the batch of them converts their type, too, and copies them only once.
 
     Workers read the next batches, and a GPU copies from pinned memory, while the device still computes on this one.
     """
@@ -244,7 +290,7 @@ def batches(cases: Cases, order: list[int], batch_size: int, device: torch.devic
         num_workers=0 if cases.kept else workers,
         prefetch_factor=PREFETCH if workers and not cases.kept else None,
         collate_fn=list,
-        pin_memory=device.type == "cuda" and not cases.kept,
+        pin_memory=cases.batches_need_pinning,
     )
     iterator = iter(loader)
     while True:

@@ -81,6 +81,7 @@ def _refuse_other_flags(out: Path, run: dict, shard: tuple[int, int]):
 
 
 def _changes(old: dict, new: dict, when: str) -> str:
+    old, new = ({**each, "size": each.get("size") or "native"} for each in (old, new))
     return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
 
 
@@ -108,7 +109,9 @@ def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]
     return {"settings": run["settings"], "versions": versions, "cases": cases}, failures
 
 
-def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int) -> dict | None:
+def finish(
+    out: Path, manifest: dict, failures: dict[str, str], seed: int, folds: int, test_share: float
+) -> dict | None:
     """Write manifest.json, failures.csv and splits.json, in this order; returns the splits, None for too few cases."""
     write_manifest(manifest_path(out), manifest)
     failures_csv = out / "failures.csv"
@@ -120,7 +123,7 @@ def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds
         failures_csv.unlink(missing_ok=True)
     patients = {name: entry["patient"] for name, entry in manifest["cases"].items() if entry["labelled"]}
     try:
-        splits = make_splits(patients, seed, folds)
+        splits = make_splits(patients, seed, folds, test_share)
         write_atomically(out / "splits.json", json.dumps(splits, indent=1))
     except InputError as error:
         splits = None
@@ -131,28 +134,31 @@ def finish(out: Path, manifest: dict, failures: dict[str, str], seed: int, folds
     return splits
 
 
-def make_splits(patients: dict[str, str], seed: int, folds: int) -> dict:
-    """80 / 10 / 10 % of the patients, and cross-validation folds over train + validation.
+def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: float = 0.1) -> dict:
+    """A share of the patients to test (0: none), a tenth to validate, the others to train, and cross-validation folds
+    over train + validation.
 
     Args:
         patients: case name -> patient; two visits of a patient never cross a split.
 
-    Raises InputError below three patients.
+    Raises InputError where nobody is left to train on.
     """
     cases_of: dict[str, list[str]] = {}
     for case, patient in sorted(patients.items()):
         cases_of.setdefault(patient, []).append(case)
     order = sorted(cases_of)
-    if len(order) < 3:
-        raise InputError(f"too few cases to split: {len(order)} labelled patients, at least 3 are needed.")
     random.Random(seed).shuffle(order)
-    held_out = max(1, round(0.1 * len(order)))
+    tested = max(1, round(test_share * len(order))) if test_share else 0
+    validated = max(1, round(0.1 * len(order)))
+    if tested + validated >= len(order):
+        raise InputError(f"too few cases to split: of {len(order)} labelled patients, {tested} to test and {validated} "
+                         "to validate leave nobody to train on.")  # fmt: skip
 
     def cases(of_patients):
         return sorted(case for patient in of_patients for case in cases_of[patient])
 
-    test, validation, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
-    rest = validation + train
+    test, rest = order[:tested], order[tested:]
+    validation, train = rest[:validated], rest[validated:]
     parts = [rest[k :: min(folds, len(rest))] for k in range(min(folds, len(rest)))]
     return {
         "seed": seed,
@@ -173,11 +179,13 @@ def _read(path: Path) -> dict | None:
     """A manifest as it was written; None where there is none, or another shard has just removed it."""
     try:
         manifest = json.loads(path.read_text())
-        if isinstance(manifest["cases"], dict) and (manifest.get("settings") or manifest["run"]["settings"]):
+        settings = manifest.get("settings") or manifest["run"]["settings"]
+        if isinstance(manifest["cases"], dict) and settings:
+            settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
             return manifest
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         pass
     print(f"{path} cannot be read: its cases are made again.")
     return None

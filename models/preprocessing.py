@@ -15,15 +15,21 @@ import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes, io_orientation
 
-from models.brats import MODALITIES, native_axes, occupied_box, spacing_of, to_ras
+from models.brats import MODALITIES, REGION_CHANNELS, native_axes, occupied_box, spacing_of, to_ras
 from models.errors import InputError
 
-PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1
+PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1 by default
+LABELS_OF_REGIONS = {"WT": 2, "TC": 1, "ET": 3}  # what a voxel of a region is, each overriding those before it
 SLAB, COLUMNS = 16, 1024  # planes and columns that are interpolated at a time: what a core's cache holds
 
 
 def to_network(
-    image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, size: int | None = 128, spacing_mm: float = 1.0
+    image: np.ndarray,
+    label: np.ndarray | None,
+    affine: np.ndarray,
+    size: int | None = 128,
+    spacing_mm: float = 1.0,
+    normalize: str = "percentile",
 ) -> dict:
     """A case of native space as the tensors and plain numbers of a preprocessed case.
 
@@ -33,9 +39,11 @@ def to_network(
         affine: [4, 4], voxel to mm.
         size: side of the network cube in voxels; None keeps the crop as it is.
         spacing_mm: isotropic spacing before the crop.
+        normalize: of each modality: "percentile", to [0, 1] between the PERCENTILES of its non-zero voxels, clipped;
+            or "zscore", minus their mean and divided by their standard deviation, not clipped.
 
-    Returns `image` float32 [4, D, H, W] in [0, 1], `label` int64 [1, D, H, W] where there is one, `geometry` (what
-    `to_native` needs) and `normalization`. Raises InputError for a modality without contrast.
+    Returns `image` float32 [4, D, H, W], its background 0; `label` int64 [1, D, H, W] where there is one; `geometry`
+    (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast.
     """
     geometry = {
         "native_shape": list(image.shape[1:]),
@@ -59,7 +67,9 @@ def to_network(
     onto_resampled = [_positions(high, step)[low:] for (low, high), step in zip(box, steps, strict=True)]
     onto_network = [_positions(n, m / n) for n, m in zip(geometry["network_size"], lengths, strict=True)]
     in_native_box = [position - low for position, (low, _) in zip(onto_resampled, native_box, strict=True)]
-    resized, normalization = _image_to_network(image, in_native_box if set(steps) != {1.0} else None, onto_network)
+    resized, normalization = _image_to_network(
+        image, in_native_box if set(steps) != {1.0} else None, onto_network, clip=normalize == "percentile"
+    )
     result = {"image": resized}
     if label is not None:
         places = [
@@ -71,22 +81,23 @@ def to_network(
     return result | {"geometry": geometry, "normalization": normalization}
 
 
-def _image_to_network(image: np.ndarray, onto_resampled, onto_network) -> tuple[torch.Tensor, dict]:
-    """The cropped modalities [4, D, H, W] as float32 in network space, and the window of each. Percentiles come from
-    the voxels as they were measured; `onto_resampled` is None where the spacing is right."""
+def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: bool) -> tuple[torch.Tensor, dict]:
+    """The cropped modalities [4, D, H, W] as float32 in network space, and the window of each: percentiles, between
+    which they are clipped, or mean and standard deviation. Both come from the voxels as they were measured;
+    `onto_resampled` is None where the spacing is right."""
     order = np.argsort([-abs(stride) for stride in image.strides[1:]], kind="stable")  # the slowest in memory first
     size = [len(onto_network[axis]) for axis in order]
     # numpy asks the system for large pages, which halves the time until all of them are there; torch does not.
     resized, normalization = torch.from_numpy(np.empty((len(image), *size[::-1]), np.float32)), {}
     for channel, modality in enumerate(MODALITIES):
         voxels = torch.from_numpy(np.ascontiguousarray(image[channel].transpose(order)))
-        window = normalization[modality] = intensity_window(voxels)
+        window = normalization[modality] = intensity_window(voxels) if clip else z_score_window(voxels)
         if not window[1] > window[0]:
             raise InputError(f"{modality} has the one intensity {window[0]:g} all over: not an MRI.")
         if onto_resampled is not None:
-            voxels = _resample(voxels, window, [onto_resampled[axis] for axis in order])
+            voxels = _resample(voxels, window, clip, [onto_resampled[axis] for axis in order])
             window = (0, 1)
-        _resize(voxels, window, [onto_network[axis] for axis in order], resized[channel])
+        _resize(voxels, window, clip, [onto_network[axis] for axis in order], resized[channel])
     ras = np.argsort(order[::-1])
     return resized.permute(0, *(1 + ras).tolist()).contiguous(), normalization
 
@@ -114,12 +125,18 @@ def to_native(volume: torch.Tensor, geometry: dict) -> torch.Tensor:
 
 
 def label_map(probabilities: torch.Tensor) -> torch.Tensor:
-    """The most probable class uint8 [...] of [C, ...], the lowest where two are equal.
+    """Training labels uint8 [...] of probabilities [C, ...].
 
-    A running maximum takes a CPU a seventh of the time of argmax over the slowest axis.
+    Of four classes the most probable, the lowest where two are equal. Of the three regions TC, WT, ET those over 0.5:
+    ED where only WT is, NCR where TC is, ET where ET is.
     """
+    label = torch.zeros_like(probabilities[0], dtype=torch.uint8)
+    if len(probabilities) == len(REGION_CHANNELS):
+        for region, value in LABELS_OF_REGIONS.items():
+            label.masked_fill_(probabilities[REGION_CHANNELS.index(region)] > 0.5, value)
+        return label
+    # A running maximum takes a CPU a seventh of the time of argmax over the slowest axis.
     best = probabilities[0].clone()
-    label = torch.zeros_like(best, dtype=torch.uint8)
     for value, channel in enumerate(probabilities[1:], start=1):
         label.masked_fill_(channel > best, value)
         torch.maximum(best, channel, out=best)
@@ -129,8 +146,8 @@ def label_map(probabilities: torch.Tensor) -> torch.Tensor:
 def native_label_map(probabilities: torch.Tensor, geometry: dict) -> torch.Tensor:
     """`label_map(to_native(probabilities, geometry))`, uint8 [X, Y, Z], without the work where there is no tumour.
 
-    Where background is most probable in all eight voxels around a point, it is so in every mixture of them. Only the
-    points whose neighbours reach the box around the other voxels have to be computed.
+    Where background is most probable (or no region over 0.5) in all eight voxels around a point, it is so in every
+    mixture of them. Only the points whose neighbours reach the box around the other voxels have to be computed.
     """
     axes = native_axes(geometry["affine"])
     result = probabilities.new_zeros([geometry["native_shape"][axis] for axis in axes], dtype=torch.uint8)
@@ -184,10 +201,8 @@ def intensity_window(voxels: torch.Tensor) -> list[float]:
     if voxels.dtype != torch.int16:
         foreground = voxels[voxels != 0].numpy()
         return np.percentile(foreground, PERCENTILES).tolist() if len(foreground) else [0.0, 0.0]
-    # A histogram holds every value of an int16 and takes a third of the time of sorting.
-    lowest = min(0, int(voxels.min()))
-    counts = torch.bincount(voxels.view(-1) if lowest == 0 else voxels.view(-1).int().sub_(lowest)).numpy()
-    counts[-lowest] = 0  # background
+    # A histogram takes a third of the time of sorting.
+    lowest, counts = _foreground_histogram(voxels)
     at_most = counts.cumsum()
     if not at_most[-1]:
         return [0.0, 0.0]
@@ -196,11 +211,32 @@ def intensity_window(voxels: torch.Tensor) -> list[float]:
     return (below + (above - below) * (ranks % 1)).tolist()
 
 
-def normalise(voxels: torch.Tensor, window) -> torch.Tensor:
-    """Voxels as float32 in [0, 1] between the two intensities of `window`, clipped; zero stays 0."""
+def z_score_window(voxels: torch.Tensor) -> list[float]:
+    """The mean of the non-zero voxels, and the intensity one standard deviation above it."""
+    if voxels.dtype != torch.int16:
+        sd, mean = torch.std_mean(voxels[voxels != 0].double(), correction=0)
+        return [float(mean), float(mean + sd)]
+    lowest, counts = _foreground_histogram(voxels)
+    values, count = np.arange(len(counts)) + lowest, max(1, counts.sum())
+    mean = (counts * values).sum() / count
+    return [float(mean), float(mean + np.sqrt((counts * (values - mean) ** 2).sum() / count))]
+
+
+def _foreground_histogram(voxels: torch.Tensor) -> tuple[int, np.ndarray]:
+    """The lowest value of int16 voxels (0 at most), and how many have it and each of the values that follow; of 0,
+    which is background, none."""
+    lowest = min(0, int(voxels.min()))
+    counts = torch.bincount(voxels.view(-1) if lowest == 0 else voxels.view(-1).int().sub_(lowest)).numpy()
+    counts[-lowest] = 0
+    return lowest, counts
+
+
+def normalise(voxels: torch.Tensor, window, clip: bool = True) -> torch.Tensor:
+    """Voxels as float32, the two intensities of `window` as 0 and 1, clipped to these or not; zero stays 0."""
     low, high = window
-    unit = voxels.to(torch.float32, copy=True).sub_(low).mul_(1 / (high - low)).clamp_(0, 1)
-    return unit if low >= 0 else unit.mul_(voxels != 0)  # from 0 on, the clipping takes background to 0 anyway
+    unit = voxels.to(torch.float32, copy=True).sub_(low).mul_(1 / (high - low))
+    unit = unit.clamp_(0, 1) if clip else unit
+    return unit if clip and low >= 0 else unit.mul_(voxels != 0)  # from 0 on, the clipping takes background to 0
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -234,16 +270,16 @@ def _ras_box(box: list[tuple[int, int]], geometry: dict) -> list[tuple[int, int]
     return result
 
 
-def _resample(voxels: torch.Tensor, window, positions: list[np.ndarray]) -> torch.Tensor:
+def _resample(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarray]) -> torch.Tensor:
     """[A, B, C] normalised and interpolated linearly at the product grid of `positions`, among foreground voxels alone;
     background where the nearest voxel is background. Halfway to the background lies no tissue."""
     foreground = (voxels != 0).float()[None]
-    value = _sample(normalise(voxels, window)[None], positions, "linear")
+    value = _sample(normalise(voxels, window, clip)[None], positions, "linear")
     share = _sample(foreground, positions, "linear")  # at least 1/8 where the nearest voxel is foreground
     return value.div_(share.clamp_(min=0.1)).mul_(_sample(foreground, positions, "nearest"))[0]
 
 
-def _resize(voxels: torch.Tensor, window, positions: list[np.ndarray], out: torch.Tensor):
+def _resize(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarray], out: torch.Tensor):
     """[A, B, C] normalised and interpolated linearly at the product grid of `positions`, into `out` [C', B', A'].
 
     The axes come in the order of memory, the slowest first. Slabs that fit the cache pass through all steps, and rows
@@ -252,7 +288,7 @@ def _resize(voxels: torch.Tensor, window, positions: list[np.ndarray], out: torc
     first, second, third = (_neighbours(p, n, "cpu") for p, n in zip(positions, voxels.shape, strict=True))
     planes = torch.empty(len(voxels), *out.shape[:2])  # [A, C', B']
     for start in range(0, len(voxels), SLAB):
-        slab = normalise(voxels[start : start + SLAB], window)  # [S, B, C]
+        slab = normalise(voxels[start : start + SLAB], window, clip)  # [S, B, C]
         slab = _lerp(slab, 1, second).transpose(1, 2).contiguous()  # [S, C, B']
         planes[start : start + SLAB] = _lerp(slab, 1, third)
     columns, rows = planes.flatten(1), out.flatten(0, 1)  # [A, C' * B'] and [C' * B', A']

@@ -21,7 +21,7 @@ import torch
 
 from models import build_model, cost, with_defaults
 from models.brats import MODALITIES
-from models.dataset import manifest_checksum, spacing_of_cases
+from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
 from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, write_atomically
@@ -29,7 +29,7 @@ from models.files import ROOT, git_commit, write_atomically
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
-ADDED_FLAGS = {"augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None}
+ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None}
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
@@ -48,8 +48,8 @@ class Run:
     config: dict
     epoch: int
     amp: str  # as --amp, without "auto"
-    size: list[int] | None  # of its cases, [D, H, W] voxels
-    spacing_mm: float | None  # that they were resampled to before they were cropped
+    size: list[int] | None  # of what the network takes, [D, H, W] voxels: whole cases, or patches or windows of them
+    preprocessing: dict | None  # of its cases: the arguments size, spacing_mm and normalize of to_network
     data: Path | None
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
@@ -74,7 +74,7 @@ def open_run(path: str | Path) -> Run:
         epoch=checkpoint["epoch"],
         amp=checkpoint.get("amp", "off"),
         size=record.get("size"),
-        spacing_mm=record.get("spacing_mm"),
+        preprocessing=_preprocessing(record),
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
@@ -90,6 +90,13 @@ def read_record(folder: Path) -> dict:
         return json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: damaged ({one_line(error, 80)}).") from None
+
+
+def _preprocessing(record: dict) -> dict | None:
+    if "preprocessing" in record or not {"size", "spacing_mm"} <= record.keys():
+        return record.get("preprocessing")
+    # A record of before there was a choice: cubes, scaled to 0-1.
+    return {"size": record["size"][0], "spacing_mm": record["spacing_mm"], "normalize": "percentile"}
 
 
 def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
@@ -271,7 +278,7 @@ def write_record(
 
     Args:
         arguments: name of a flag -> value, without "auto".
-        size: of a case, [D, H, W] voxels.
+        size: of what the network takes, [D, H, W] voxels.
     """
     if rank() != 0:
         return
@@ -292,7 +299,7 @@ def write_record(
             "network": model.network,
             "model": model.config,
             "size": size,
-            "spacing_mm": spacing_of_cases(data),
+            "preprocessing": preprocessing_of_cases(data),
             "arguments": arguments,
             "processes": world_size(),
             "effective_batch_size": arguments["batch_size"] * arguments["accumulate"] * world_size(),

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from monai.inferers import sliding_window_inference
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -36,8 +37,9 @@ from models.device import (
 )
 from models.errors import InputError
 from models.files import write_csv
-from models.losses import labels_from_logits, make_loss
+from models.losses import labels_from_logits, logits_from_frequencies, make_loss
 from models.metrics import confusion, dice_per_target, mean_label_dice
+from models.patches import cut_patches
 from models.plots import prediction_overlay, training_plots
 
 AMP_TRIAL_SIDE = 64  # voxels; large enough to tell which number type is faster, small enough not to be waited for
@@ -64,6 +66,7 @@ class Settings:
     noise_sd: float
     augmentation: str  # "basic", or "strong", which warps cases and changes their intensities as well
     copy_paste: float  # probability that a case gets the tumour of another one as well
+    patch: int | None  # side in voxels of what is cut from the cases; None: whole cases
     amp: str  # a key of AMP_DTYPES, or "auto" until `resolve`
     cache: str  # "device", "ram" or "disk", or "auto" until `resolve`
     workers: int
@@ -92,7 +95,8 @@ def resolve(
 ) -> Settings:
     """The settings without "auto". A run that is resumed keeps the number type that its record `earlier` names."""
     names = split["train"] + split["validation"]
-    cache, workers = choose_input(settings.data, names, settings.cache, settings.workers, settings.batch_size, device)
+    cache, workers = choose_input(settings.data, names, settings.cache, settings.workers, settings.batch_size,
+                                  settings.patch, device)  # fmt: skip
     amp = earlier["arguments"]["amp"] if earlier and settings.amp == "auto" else settings.amp
     amp = choose_amp(amp, model, settings.batch_size, size, device)
     return replace(settings, cache=cache, workers=workers, amp=amp)
@@ -142,18 +146,19 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 
 def start_at_class_frequencies(model, cases: Cases):
-    """Set the output layer's bias to the logarithm of each label's share of the voxels, in 32 training cases at most.
+    """Set the output layer's bias to what gives each label, or region, its share of the voxels as its probability, in
+    32 training cases at most.
 
     A network that starts so need not first learn that nearly every voxel is background (Lin et al. 2017,
     arXiv:1708.02002, section 4.1): small labels are found several times sooner.
     """
     counts = torch.ones(len(LABELS) + 1)  # a label that none of these cases has keeps a finite logarithm
     for index in range(min(len(cases), 32)):
-        counts += torch.bincount(cases[index][1].flatten(), minlength=len(counts)).cpu()  # the cache can be a GPU
+        counts += torch.bincount(cases.label(index).flatten(), minlength=len(counts)).cpu()  # the cache can be a GPU
     frequencies = counts / counts.sum()
     output = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)][-1]
     with torch.no_grad():
-        output.bias.copy_(frequencies.log())
+        output.bias.copy_(logits_from_frequencies(frequencies, output.out_channels))
 
 
 def fit(
@@ -164,8 +169,11 @@ def fit(
     With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
     `resume` goes on after the last epoch that `folder` holds.
     """
-    train_cases = Cases(settings.data, split["train"], settings.cache, device)
-    validation_cases = Cases(settings.data, split["validation"], settings.cache, device)
+    # A patch is copied out of its case, so it is the batch, not the case, that has to be pinned.
+    train_cases, validation_cases = (
+        Cases(settings.data, split[part], settings.cache, device, pin=settings.patch is None)
+        for part in ("train", "validation")
+    )
     if not resume and not settings.init:
         start_at_class_frequencies(model, train_cases)
     model.to(device)
@@ -211,6 +219,8 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     total_steps = settings.epochs * steps_per_epoch
     warmup_steps = round(settings.warmup * total_steps)
     # All randomness of an epoch follows from the seed and its number: a resumed run repeats it exactly.
+    if settings.patch:
+        order = cut_patches(order, cases.outlines, settings.patch, f"{settings.seed}-{epoch}-{rank()}-patches")
     generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}-{epoch}-{rank()}").getrandbits(60))
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     augmentation = (settings.flip_probability, settings.rotate_probability, settings.noise_probability,
@@ -232,7 +242,7 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = is_update
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(image)  # [B, 4, D, H, W]
+            logits = model(image)  # [B, 4 or 3, D, H, W]
         loss = criterion(logits.float(), label)
         scaler.scale(loss / window).backward()
         loss_sum += loss.detach()
@@ -274,19 +284,34 @@ def follow(average, model, decay: float, step: int):
     get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
 
 
+def logits_of_cases(model, image: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Logits float32 [B, 4 or 3, D, H, W] of whole cases [B, 4, D, H, W]. After a training on patches those of
+    overlapping windows of that size, weighted by a Gaussian around the middle of each."""
+    dtype = AMP_DTYPES[settings.amp]
+
+    def logits_of(volumes):
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            return model(volumes).float()
+
+    if settings.patch is None:
+        return logits_of(image)
+    return sliding_window_inference(
+        image, (settings.patch,) * 3, settings.batch_size, logits_of, overlap=0.5, mode="gaussian"
+    )
+
+
 @torch.inference_mode()
 def validate(model, cases: Cases, settings: Settings, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [N] and confusion matrix [N, 4, 4] of each case, computed by all processes together."""
     model.eval()
-    criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
+    criterion = make_loss()
     losses = torch.zeros(len(cases), device=device)
     counts = torch.zeros(len(cases), len(LABELS) + 1, len(LABELS) + 1, dtype=torch.long, device=device)
     mine = list(range(rank(), len(cases), world_size()))
     for index, (images, labels, _) in zip(mine, batches(cases, mine, 1, device, settings.workers), strict=True):
         image, label = torch.stack(images).float(), torch.stack(labels).long()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(image)
-        losses[index] = criterion(logits.float(), label)
+        logits = logits_of_cases(model, image, settings)
+        losses[index] = criterion(logits, label)
         counts[index] = confusion(labels_from_logits(logits), label)
     if world_size() > 1:
         dist.all_reduce(losses)
@@ -296,7 +321,10 @@ def validate(model, cases: Cases, settings: Settings, device) -> tuple[torch.Ten
 
 def test(model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device) -> dict:
     """Score the best checkpoint on the test cases: test_results.csv (a row per case, then their mean) and
-    test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target."""
+    test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target; nothing, and writes
+    nothing, where the split has no test cases."""
+    if not split["test"]:
+        return {}
     checkpoint = runs.load_checkpoint(folder / "best.pt")
     runs.load_weights(model, checkpoint, folder / "best.pt")
     cases = Cases(settings.data, split["test"], "disk", device)
@@ -317,9 +345,8 @@ def test(model, settings: Settings, split: dict[str, list[str]], folder: Path, d
 @torch.inference_mode()
 def draw_prediction(model, settings: Settings, name: str, epoch: int, folder: Path, device: torch.device):
     """test_prediction_overlay.png of one case."""
-    case, dtype = load_case(settings.data / f"{name}.pt"), AMP_DTYPES[settings.amp]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        logits = model(case["image"][None].to(device))
+    case = load_case(settings.data / f"{name}.pt")
+    logits = logits_of_cases(model, case["image"][None].to(device), settings)
     prediction, truth = labels_from_logits(logits)[0].cpu(), case["label"][0]
     scores = dice_per_target(confusion(prediction, truth))
     dice = ", ".join(f"{target} {scores[target]:.3f}" for target in TARGETS)
@@ -347,9 +374,13 @@ def report(folder: Path, split: dict[str, list[str]], dice: dict[str, float], mi
     """The closing lines of a training script."""
     if rank() == 0:
         print(f"Trained in {minutes:.1f} minutes ({len(split['train'])} cases; tested on {len(split['test'])}).")
-        print("Test Dice: " + ", ".join(f"{target} {value:.4f}" for target, value in dice.items())
-              + f"; mean of the labels {mean_label_dice(dice):.4f}")
-        print(f"Written to {folder}: config.json, train.csv, training_plots.png, best.pt, last.pt, test_results.csv, "
-              "test_prediction_overlay.png")
+        written = ["config.json", "train.csv", "training_plots.png", "best.pt", "last.pt"]
+        if dice:
+            print("Test Dice: " + ", ".join(f"{target} {value:.4f}" for target, value in dice.items())
+                  + f"; mean of the labels {mean_label_dice(dice):.4f}")
+            written += ["test_results.csv", "test_prediction_overlay.png"]
+        else:
+            print("Nothing was tested: the data have no test cases (--test-share 0).")
+        print(f"Written to {folder}: {', '.join(written)}")
     if world_size() > 1:
         dist.destroy_process_group()

@@ -90,6 +90,16 @@ def tensors(raw, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def native(tmp_path_factory) -> Path:
+    """Twelve cases of three sizes, one smaller than 32 voxels along an axis, as they are after the crop."""
+    folder = tmp_path_factory.mktemp("native")
+    for index in range(12):
+        write_raw_case(folder / "raw", f"BraTS2021_{index:05d}", seed=index, shape=(44 - 4 * (index % 3), 48, 46))
+    run_script("preprocess_brats.py", "raw", "tensors", "--size", "native", "--workers", 2, cwd=folder)
+    return folder / "tensors"
+
+
+@pytest.fixture(scope="session")
 def real_cases() -> Path:
     """A folder of real labelled cases, where the environment names one."""
     folder = os.environ.get("BRATS_REAL_CASES")

@@ -17,7 +17,8 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
     {"errors", "files", "cli", "device", "timing"},
-    {"brats", "manifest", "preprocessing", "dataset", "augment", "augment_strong", "copy_paste", "phantom"},
+    {"brats", "manifest", "preprocessing", "cohort", "patches", "dataset", "augment", "augment_strong", "copy_paste",
+     "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
     {"losses", "runs", "training", "cost", "metrics", "plots"},

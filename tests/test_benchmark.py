@@ -211,7 +211,7 @@ def test_a_run_that_does_not_say_how_its_cases_were_made_is_refused(trained, tmp
     shutil.copytree(trained, tmp_path / "first")
     (tmp_path / "first/config.json").write_text(json.dumps({"size": [32, 32, 32]}))
     result = run_script(SCRIPT, "--run", "first", "--size", 32, cwd=tmp_path, status=2)
-    assert "config.json: lacks spacing_mm of the cases" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "config.json: does not say how the cases" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_file_made_by_another_torch_is_refused(tmp_path):

@@ -1,9 +1,13 @@
 """The .pt file, splits and the order of cases."""
 
+import hashlib
 import json
+import shutil
 from itertools import chain
 from types import SimpleNamespace
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from conftest import run_script, write_raw_case
@@ -15,7 +19,10 @@ from models.dataset import (
     choose_cache,
     choose_workers,
     epoch_order,
+    input_size,
     load_case,
+    manifest_checksum,
+    preprocessing_of_cases,
     read_split,
 )
 from models.errors import InputError
@@ -41,6 +48,110 @@ def test_compact_files_are_smaller_and_load_as_float32_and_int64(raw, tensors, t
     assert small["image"].dtype == torch.float32 and small["label"].dtype == torch.int64
     assert torch.allclose(small["image"], full["image"], atol=1e-3) and torch.equal(small["label"], full["label"])
     assert path.stat().st_size < 0.45 * (tensors / path.name).stat().st_size
+
+
+def test_data_of_before_the_choice_of_a_normalization_are_the_same_data(raw, tensors, tmp_path):
+    """They keep their checksum, and the script finds them done."""
+    shutil.copytree(tensors, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old/manifest.json").read_text())
+    assert manifest["settings"].pop("normalize") == "percentile"
+    (tmp_path / "old/manifest.json").write_text(json.dumps(manifest))
+    assert manifest_checksum(tmp_path / "old") == manifest_checksum(tensors)
+    assert preprocessing_of_cases(tmp_path / "old") == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
+    result = run_script("preprocess_brats.py", raw, "old", "--size", 32, cwd=tmp_path)
+    assert "12 cases are done already, 0 to do" in result.stdout
+    assert json.loads((tmp_path / "old/manifest.json").read_text())["settings"]["normalize"] == "percentile"
+    assert manifest_checksum(tmp_path / "old") == manifest_checksum(tensors)
+
+
+def test_the_checksum_of_data_of_before_the_choice_is_what_it_was(tmp_path):
+    settings = {"version": 2, "size": 128, "spacing_mm": 1.0, "compact": False}
+    manifest = {"settings": settings, "cases": {"a": {"crc32": "01234567"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    identity = '[{"compact": false, "size": 128, "spacing_mm": 1.0, "version": 2}, {"a": "01234567"}]'
+    assert manifest_checksum(tmp_path) == hashlib.sha256(identity.encode()).hexdigest()
+
+
+def test_z_scores_are_other_data(raw, tensors, tmp_path):
+    shutil.copytree(tensors, tmp_path / "data")
+    flags = ["--size", 32, "--normalize", "zscore", "--limit", 3]
+    result = run_script("preprocess_brats.py", raw, "data", *flags, cwd=tmp_path)
+    assert "other settings (normalize percentile, now zscore)" in result.stdout
+    assert preprocessing_of_cases(tmp_path / "data")["normalize"] == "zscore"
+    assert load_case(tmp_path / "data/BraTS2021_00000.pt")["image"].min() < 0
+
+
+# ---- cases of their own sizes, and parts of them -------------------------------------------------------------------
+
+
+def test_native_cases_keep_the_voxels_of_their_files(native):
+    """Between the first and the last that is not zero in any modality, along each axis."""
+    for case in sorted((native.parent / "raw").iterdir())[:3]:
+        files = [np.asarray(nibabel.load(case / f"{case.name}_{modality}.nii.gz").dataobj)
+                 for modality in ("t1", "t1ce", "t2", "flair", "seg")]  # fmt: skip
+        files = [volume[::-1, ::-1] for volume in files]  # LPS to RAS
+        head = np.argwhere(np.any(files[:4], 0))
+        box = tuple(slice(low, high + 1) for low, high in zip(head.min(0), head.max(0), strict=True))
+        stored = load_case(native / f"{case.name}.pt")
+        for channel, volume in enumerate(files[:4]):
+            low, high = np.percentile(volume[volume != 0], (0.5, 99.5))
+            expected = np.clip((volume[box] - low) / (high - low), 0, 1) * (volume[box] != 0)
+            assert np.allclose(stored["image"][channel], expected, atol=1e-6)
+        assert np.array_equal(stored["label"][0], np.where(files[4] == 4, 3, files[4])[box])
+
+
+def test_native_cases_differ_in_size_and_say_so(native):
+    sizes = {tuple(load_case(path)["image"].shape[1:]) for path in native.glob("*.pt")}
+    assert len(sizes) > 1
+    assert preprocessing_of_cases(native) == {"size": None, "spacing_mm": 1.0, "normalize": "percentile"}
+    assert json.loads((native / "manifest.json").read_text())["settings"]["size"] is None
+
+
+def test_the_input_of_a_network_is_the_case_or_the_patch(tensors, native):
+    assert input_size(tensors, read_split(tensors)) == [32, 32, 32]
+    assert input_size(tensors, read_split(tensors), patch=16) == [16, 16, 16]
+    assert input_size(native, read_split(native), patch=32) == [32, 32, 32]
+
+
+def test_native_cases_need_a_patch_and_a_patch_a_case_that_is_as_large(tensors, native):
+    with pytest.raises(InputError, match=r"native.*--patch"):
+        input_size(native, read_split(native))
+    with pytest.raises(InputError, match=r"--patch 48: no case in .* more than 32 voxels"):
+        input_size(tensors, read_split(tensors), patch=48)
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_part_of_a_case_is_what_lies_in_the_box(native, cache):
+    name = read_split(native)["train"][0]
+    case, cases = load_case(native / f"{name}.pt"), Cases(native, [name], cache, CPU)
+    image, label = cases[0, [(3, 19), (0, 16), (10, 26)]]
+    assert torch.equal(image, case["image"][:, 3:19, 0:16, 10:26]) and image.is_contiguous()
+    assert torch.equal(label.long(), case["label"][:, 3:19, 0:16, 10:26]) and label.dtype == torch.uint8
+    assert torch.equal(cases[0][0], case["image"])
+    shape, tumour = cases.outlines[0]
+    assert shape == case["label"].shape[1:] and (case["label"][0][tuple(tumour.long().T)] > 0).all()
+
+
+def test_the_memory_of_native_cases_is_that_of_every_one(native, monkeypatch, capsys):
+    split = read_split(native)
+    names = split["train"] + split["validation"]
+    monkeypatch.setattr(dataset, "free_ram_bytes", lambda: 2**40)
+    dataset.choose_input(native, names, "ram", 0, 1, 32, CPU)
+    needed = sum(17 * load_case(native / f"{name}.pt")["label"].numel() for name in names)  # 4 float32 and a byte
+    assert f"11 cases, {needed / 2**30:.1f} GiB of" in capsys.readouterr().out
+
+
+def test_workers_read_patches_ahead_but_a_whole_case_to_validate(native, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dataset, "choose_workers", lambda wanted, batch_bytes: seen.append(batch_bytes) or wanted)
+    names = read_split(native)["train"]
+    largest = max(17 * load_case(native / f"{name}.pt")["label"].numel() for name in names)
+    for batch_size in (1, 4):
+        dataset.choose_input(native, names, "disk", 2, batch_size, 32, CPU)
+    assert seen == [largest, 4 * 17 * 32**3] and largest > 17 * 32**3
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
 
 
 def spoiled(tmp_path, tensors, **changes):
@@ -97,6 +208,27 @@ def test_too_few_patients_to_split():
     with pytest.raises(InputError, match="too few"):
         make_splits({"a-1": "a", "a-2": "a", "b-1": "b"}, 0, 5)
     assert [len(make_splits(dict(zip("abc", "abc", strict=True)), 0, 5)[k]) for k in ("train", "test")] == [1, 1]
+
+
+def test_without_test_cases_every_patient_is_in_a_fold():
+    patients = {f"c{i}": f"c{i}" for i in range(12)}
+    splits = make_splits(patients, 0, folds=4, test_share=0)
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [11, 1, 0]
+    assert sorted(chain(*(fold["validation"] for fold in splits["folds"]))) == sorted(patients)
+    assert all(len(fold["train"]) == 9 for fold in splits["folds"])
+
+
+@pytest.mark.parametrize(("share", "tested"), [(0.01, 1), (0.25, 10), (0.5, 20)])
+def test_a_share_of_the_patients_is_tested_and_a_tenth_validated(share, tested):
+    splits = make_splits({f"c{i}": f"c{i}" for i in range(40)}, 0, 5, share)
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [36 - tested, 4, tested]
+
+
+def test_two_patients_are_enough_where_none_is_tested():
+    splits = make_splits({"a": "a", "b": "b"}, 0, 5, test_share=0)
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [1, 1, 0]
+    with pytest.raises(InputError, match="nobody to train on"):
+        make_splits({f"c{i}": f"c{i}" for i in range(4)}, 0, 5, test_share=0.8)
 
 
 def test_a_fold_that_does_not_exist_is_refused(tensors):
@@ -175,30 +307,39 @@ def machine(monkeypatch):
     ],
 )
 def test_auto_takes_the_fastest_memory_that_has_twice_the_space(machine, capsys, free, chosen):
-    assert choose_cache("auto", 10, 2**30, machine(**free)) == chosen
+    assert choose_cache("auto", [2**30] * 10, True, machine(**free)) == chosen
     assert capsys.readouterr().out.startswith(f"cache: {chosen} (10 cases, ")
 
 
 def test_the_choice_is_told_in_one_line_with_its_figures(machine, capsys):
-    choose_cache("auto", 10, 2**30, machine(ram=50, processes=2))
+    choose_cache("auto", [2**30] * 10, True, machine(ram=50, processes=2))
     assert capsys.readouterr().out == "cache: ram (10 cases, 20.0 GiB of 50.0 GiB free)\n"
 
 
 def test_a_cache_asked_for_is_taken_where_it_fits_and_refused_with_one_that_does(machine):
-    assert choose_cache("ram", 10, 2**30, machine(ram=11)) == "ram"
-    assert choose_cache("device", 10, 2**30, machine(ram=11)) == "ram"  # on a CPU
+    assert choose_cache("ram", [2**30] * 10, True, machine(ram=11)) == "ram"
+    assert choose_cache("device", [2**30] * 10, True, machine(ram=11)) == "ram"  # on a CPU
     with pytest.raises(InputError, match=r"10 cases take 10\.0 GiB and 9\.0 GiB are free\. Use --cache disk"):
-        choose_cache("ram", 10, 2**30, machine(ram=9))
+        choose_cache("ram", [2**30] * 10, True, machine(ram=9))
     with pytest.raises(InputError, match="Use --cache ram"):
-        choose_cache("device", 10, 2**30, machine(ram=21, gpu=9))
+        choose_cache("device", [2**30] * 10, True, machine(ram=21, gpu=9))
     with pytest.raises(InputError, match="Use --cache device"):
-        choose_cache("ram", 10, 2**30, machine(ram=9, gpu=21))
+        choose_cache("ram", [2**30] * 10, True, machine(ram=9, gpu=21))
 
 
 def test_pinned_memory_is_counted_in_the_powers_of_two_that_it_comes_in(machine):
-    assert choose_cache("ram", 10, 2**30 + 1, machine(ram=21, gpu=1)) == "ram"
+    assert choose_cache("ram", [2**30 + 1] * 10, True, machine(ram=21, gpu=1)) == "ram"
     with pytest.raises(InputError, match=r"20\.0 GiB"):
-        choose_cache("ram", 10, 2**30 + 1, machine(ram=19, gpu=1))
+        choose_cache("ram", [2**30 + 1] * 10, True, machine(ram=19, gpu=1))
+
+
+def test_cases_of_several_sizes_are_added_up(machine, capsys):
+    case_bytes = [2**30 + 1, 2**29, 2**29]  # in pinned memory 2 GiB and twice a half
+    assert choose_cache("ram", case_bytes, False, machine(ram=2.5)) == "ram"
+    assert choose_cache("ram", case_bytes, True, machine(ram=3.5, gpu=1)) == "ram"
+    choose_cache("ram", case_bytes, False, machine(ram=2.5, gpu=1))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1].split(" GiB")[0] for line in said] == ["2.0", "3.0", "2.0"]
 
 
 @pytest.mark.parametrize(("free_mib", "workers"), [(900, 4), (899, 3), (64, 0), (0, 0)])
@@ -214,4 +355,4 @@ def test_a_script_refuses_a_cache_that_does_not_fit_before_it_makes_a_run(tensor
     split = read_split(tensors)
     monkeypatch.setattr(dataset, "free_ram_bytes", lambda: 1000)
     with pytest.raises(InputError, match="--cache ram: 11 cases"):
-        dataset.choose_input(tensors, split["train"] + split["validation"], "ram", 0, 1, CPU)
+        dataset.choose_input(tensors, split["train"] + split["validation"], "ram", 0, 1, None, CPU)

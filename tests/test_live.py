@@ -102,7 +102,8 @@ class BrightT1ce(torch.nn.Module):
 
 def segmenter_of(network, size=32, spacing_mm=1.0):
     unknown = dict.fromkeys(field.name for field in fields(Run))
-    run = Run(**unknown | {"name": "stub", "size": [size] * 3, "spacing_mm": spacing_mm})
+    preprocessing = {"size": size, "spacing_mm": spacing_mm, "normalize": "percentile"}
+    run = Run(**unknown | {"name": "stub", "size": [size] * 3, "preprocessing": preprocessing})
     return Segmenter(run, network, torch.device("cpu"), None)
 
 
@@ -230,9 +231,10 @@ def run(tensors, tmp_path_factory):
 
 def test_a_run_is_opened_with_the_size_and_spacing_of_its_cases(run, tmp_path):
     opened = load_segmenter(run / "best.pt", "cpu", "off").run
-    assert (opened.name, opened.size, opened.spacing_mm) == ("small", [32, 32, 32], 2.0)
+    assert (opened.name, opened.size) == ("small", [32, 32, 32])
+    assert opened.preprocessing == {"size": 32, "spacing_mm": 2.0, "normalize": "percentile"}
     (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
-    with pytest.raises(InputError, match="lacks size and spacing_mm"):
+    with pytest.raises(InputError, match="does not say how the cases"):
         load_segmenter(tmp_path, "cpu", "off")
 
 

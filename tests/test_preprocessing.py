@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import LPS, make_head
+from monai.transforms import NormalizeIntensity
 
-from models.brats import TARGETS, find_cases, read_case, to_training_labels
+from models.brats import MODALITIES, TARGETS, find_cases, read_case, to_training_labels
 from models.errors import InputError
+from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,
     intensity_window,
@@ -170,6 +172,48 @@ def test_the_window_of_intensities_is_that_of_numpy_percentile(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_z_scores_are_those_of_monai_over_the_foreground_of_each_modality(dtype):
+    image = raw_intensities().astype(dtype)
+    result = to_network(image, None, np.eye(4), size=None, normalize="zscore")
+    (x0, x1), (y0, y1), (z0, z1) = result["geometry"]["crop_box"]
+    expected = NormalizeIntensity(nonzero=True, channel_wise=True)(image.astype(np.float32))
+    assert np.allclose(result["image"], expected[:, x0:x1, y0:y1, z0:z1], atol=1e-4)
+    assert not result["image"].numpy()[image[:, x0:x1, y0:y1, z0:z1] == 0].any()
+
+
+def test_the_intensities_that_became_0_and_1_are_the_mean_and_one_standard_deviation_above():
+    image = raw_intensities()
+    normalization = to_network(image, None, np.eye(4), size=24, normalize="zscore")["normalization"]
+    for modality, volume in zip(("t1", "t1ce", "t2", "flair"), image, strict=True):
+        foreground = volume[volume != 0].astype(float)
+        expected = foreground.mean(), foreground.mean() + foreground.std()
+        assert normalization[modality] == pytest.approx(expected, rel=1e-12)
+
+
+def test_z_scores_are_resized_like_the_other_intensities():
+    image, _ = head()
+    crop = to_network(image, None, np.eye(4), size=None, normalize="zscore")["image"]
+    linear = torch.nn.functional.interpolate(crop[None], size=(32, 32, 32), mode="trilinear")[0]
+    result = to_network(image, None, np.eye(4), size=32, normalize="zscore")["image"]
+    assert torch.allclose(result, linear, atol=1e-5) and result.min() < 0 and result.max() > 1
+
+
+def test_z_scores_do_not_depend_on_the_spacing():
+    image, _ = head()
+    expected = to_network(image, None, np.eye(4), size=None, normalize="zscore")
+    result = to_network(image, None, np.diag([1.3, 1.3, 2.0, 1.0]), size=None, normalize="zscore")
+    assert result["normalization"] == expected["normalization"]
+    inside, before = (r["image"][0][r["image"][0] != 0] for r in (result, expected))
+    assert float(inside.mean()) == pytest.approx(float(before.mean()), abs=0.05)
+
+
+def test_one_intensity_has_no_z_scores():
+    for dtype in (np.int16, np.float32):
+        with pytest.raises(InputError, match="one intensity"):
+            to_network(np.full((4, 8, 8, 8), 7.3).astype(dtype), None, np.eye(4), normalize="zscore")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_the_layout_in_memory_and_the_type_change_nothing(codes, order, dtype):
@@ -233,6 +277,25 @@ def test_a_map_of_another_size_is_refused():
     geometry = to_network(image, label, LPS, size=32)["geometry"]
     with pytest.raises(InputError, match="does not fit"):
         to_native(torch.zeros(16, 16, 16), geometry)
+
+
+def test_a_synthetic_case_of_brats_comes_back_exactly_where_it_keeps_its_size():
+    volumes, label, affine = make_case(0, 0, spacing_mm=2.0)
+    image = np.stack([volumes[modality] for modality in MODALITIES])
+    result = to_network(image, label, affine, size=None, spacing_mm=2.0, normalize="zscore")
+    assert result["geometry"]["network_size"] < result["geometry"]["resampled_shape"] == [120, 120, 78]
+    assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label)
+    labels = native_label_map(torch.nn.functional.one_hot(result["label"][0], 4).movedim(-1, 0), result["geometry"])
+    assert np.array_equal(labels.numpy(), label)
+
+
+def test_real_cases_come_back_exactly_where_they_keep_their_size(real_cases):
+    for case in find_cases(real_cases)[:3]:
+        volumes = read_case(case)
+        label = to_training_labels(volumes.label, "brats2021")
+        result = to_network(volumes.image, label, volumes.affine, size=None)
+        assert np.array_equal(to_native(result["label"][0], result["geometry"]).numpy(), label), case.name
+        assert network_spacing_mm(result["geometry"]) == [1.0, 1.0, 1.0]
 
 
 def test_real_cases_keep_their_tumours_at_128(real_cases):

@@ -282,7 +282,8 @@ def test_training_writes_the_whole_run(trained):
     for picture in ("training_plots.png", "test_prediction_overlay.png"):
         assert np.asarray(Image.open(trained / RUN / picture).convert("L")).std() > 5
     opened = open_run(trained / RUN)
-    assert (opened.size, opened.spacing_mm) == ([32, 32, 32], 1.0)
+    assert opened.size == [32, 32, 32]
+    assert opened.preprocessing == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
 
 
 def test_evaluation_writes_scores_and_overlays_and_agrees_with_the_training_script(trained):
@@ -401,7 +402,41 @@ def test_a_run_called_ensemble_is_not_mixed_up_with_the_ensemble(trained):
     assert "a run is called ensemble as well" in refused and len(refused.splitlines()) == 1
 
 
-def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
+def test_without_test_cases_a_training_says_so_and_skips_the_test(raw, tmp_path):
+    flags = ["--size", 32, "--limit", 8, "--test-share", 0, "--folds", 4]
+    made = run_script("preprocess_brats.py", raw, "data", *flags, cwd=tmp_path)
+    assert "7 train, 1 validation, 0 test cases, 4 folds" in made.stdout
+    result = run_script("train_unet.py", "data", "--epochs", 1, "--fold", 3, "--run-name", "fold3", cwd=tmp_path)
+    assert "no test cases" in result.stdout and "Test Dice" not in result.stdout
+    run = tmp_path / "models/unet/results/fold3"
+    assert {path.name for path in run.iterdir()} == {"config.json", "train.csv", "training_plots.png", "best.pt",
+                                                     "last.pt"}  # fmt: skip
+    assert open_run(run).split["test"] == []
+
+
+@pytest.mark.parametrize("script", ["train_unet.py", "train_swinunetr.py"])
+def test_regions_on_patches_of_native_z_scores(native, tmp_path, script):
+    """All of the other track at once, from the raw cases on."""
+    flags = ["--size", "native", "--normalize", "zscore", "--compact"]
+    run_script("preprocess_brats.py", native.parent / "raw", "data", *flags, cwd=tmp_path)
+    flags = ["--patch", 32, "--regions", "--epochs", 1, "--run-name", "other"]
+    small = ["--feature-size", 12, "--window-size", 4] if "swin" in script else []
+    result = run_script(script, "data", *flags, *small, cwd=tmp_path)
+    assert "per volume of 32 x 32 x 32 voxels" in result.stdout and "Test Dice: WT" in result.stdout
+    (run,) = tmp_path.glob("models/*/results/other")
+    opened = open_run(run)
+    assert opened.preprocessing == {"size": None, "spacing_mm": 1.0, "normalize": "zscore"}
+    assert opened.size == [32, 32, 32] and opened.config["out_channels"] == 3
+    assert (run / "test_prediction_overlay.png").is_file()
+
+
+def test_native_cases_are_made_again_where_cubes_were(raw, tmp_path):
+    run_script("preprocess_brats.py", raw, "out", "--size", 16, "--limit", 3, cwd=tmp_path)
+    result = run_script("preprocess_brats.py", raw, "out", "--size", "native", "--limit", 3, cwd=tmp_path)
+    assert "other settings (size 16, now native)" in result.stdout
+
+
+def test_bad_input_gets_one_line_and_status_2(trained, tensors, native, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     config = json.loads((trained / RUN / "config.json").read_text())
@@ -419,6 +454,11 @@ def test_bad_input_gets_one_line_and_status_2(trained, tensors, tmp_path):
         ("train_unet.py", tensors, "--fold", 9),
         ("train_unet.py", tensors, "--run-name", "first"),
         ("train_unet.py", tensors, "--amp", "fp16", "--device", "cpu"),
+        ("train_unet.py", native),
+        ("train_unet.py", native, "--patch", 40),
+        ("train_unet.py", native, "--patch", 64),
+        ("train_unet.py", tensors, "--patch", 16),
+        ("train_swinunetr.py", tensors, "--patch", 48),
         ("train_swinunetr.py", tensors, "--window-size", 17),
         ("train_swinunetr.py", tensors, "--feature-size", 20),
         ("evaluate.py", RUN, "--ensemble"),
@@ -442,7 +482,9 @@ def test_a_crash_shows_its_traceback_and_differs_in_status_from_failed_cases():
 
 def test_usage_errors_name_the_flag():
     for script, flag, value in (("train_unet.py", "--epochs", "0"), ("train_unet.py", "--flip-probability", "2"),
-                                ("preprocess_brats.py", "--size", "x"), ("train_unet.py", "--learning-rate", "-1")):
+                                ("preprocess_brats.py", "--size", "x"), ("train_unet.py", "--learning-rate", "-1"),
+                                ("preprocess_brats.py", "--test-share", "0.9"), ("train_unet.py", "--patch", "0"),
+                                ("preprocess_brats.py", "--normalize", "minmax")):
         done = subprocess.run([sys.executable, ROOT / script, flag, value], capture_output=True, text=True)
         assert done.returncode == 2 and flag in done.stderr and value in done.stderr
 

@@ -12,17 +12,19 @@ import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
 from models import build_model, cli, plots, refuse_unfit_size, runs, training
-from models.dataset import Cases, load_case, read_split, size_of_cases
+from models.dataset import Cases, input_size, load_case, read_split
 from models.device import device_name
 from models.errors import InputError
 from models.runs import load_model, open_run
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
+REGIONS = SMALL | {"out_channels": 3}
 CPU = torch.device("cpu")
 RUN = Path("models/unet/results/test")
 GOLDEN = ROOT / "tests/golden/losses.json"
@@ -39,8 +41,8 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
     """Train as the scripts do, `folder` in place of the repository; returns the network and the run's folder."""
     args = arguments(data, *flags)
     split = split or read_split(data, args.fold)
-    size = size_of_cases(args.data, split)
-    refuse_unfit_size(network, config, size, data)
+    size = input_size(args.data, split, args.patch)
+    refuse_unfit_size(network, config, size, data, args.patch)
     training.setup("cpu", args.seed)
     model = build_model(network, **config)
     if args.init and not args.resume:
@@ -102,10 +104,13 @@ def test_accumulated_steps_equal_one_large_batch_in_the_short_last_window_too(te
     assert torch.allclose(large, accumulated, atol=2e-5)
 
 
-@pytest.mark.parametrize("added", [[], ["--ema", 0.9], ["--augmentation", "strong", "--copy-paste", 0.5]])
+@pytest.mark.parametrize(
+    "added", [[], ["--patch", 16], ["--ema", 0.9], ["--augmentation", "strong", "--copy-paste", 0.5]]
+)
 def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, added):
     flags = ["--epochs", 4, "--accumulate", 2, *added]
-    whole, run = train(tensors, tmp_path / "a", *flags)
+    config = SMALL | ({"channels": (4, 8, 16), "strides": (2, 2)} if "--patch" in added else {})
+    whole, run = train(tensors, tmp_path / "a", *flags, config=config)
 
     written = training.write_epoch
 
@@ -116,8 +121,8 @@ def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, 
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "write_epoch", stop_after_two)
-        train(tensors, tmp_path / "b", *flags)
-    resumed, again = train(tensors, tmp_path / "b", *flags, "--resume")
+        train(tensors, tmp_path / "b", *flags, config=config)
+    resumed, again = train(tensors, tmp_path / "b", *flags, "--resume", config=config)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     best, last = ([torch.load(r / file, weights_only=True) for r in (run, again)] for file in ("best.pt", "last.pt"))
@@ -248,6 +253,105 @@ def test_weights_of_other_settings_are_no_beginning(tensors, begun, tmp_path, co
     assert not list(tmp_path.rglob("config.json"))
 
 
+# ---- patches and regions -------------------------------------------------------------------------------------------
+
+
+def test_wherever_native_cases_are_kept_the_training_on_patches_is_the_same(native, tmp_path):
+    losses = set()
+    for cache, workers in (("ram", 0), ("disk", 0), ("disk", 2)):
+        _, run = train(native, tmp_path, "--epochs", 1, "--patch", 32, "--cache", cache, "--workers", workers,
+                       "--run-name", f"{cache}{workers}")  # fmt: skip
+        losses.add(losses_of(run)[0])
+    assert len(losses) == 1
+
+
+def test_a_run_on_patches_records_what_its_network_takes_and_how_its_cases_were_made(native, tmp_path):
+    _, run = train(native, tmp_path, "--epochs", 1, "--patch", 32)
+    opened = open_run(run)
+    assert opened.size == [32, 32, 32]
+    assert opened.preprocessing == {"size": None, "spacing_mm": 1.0, "normalize": "percentile"}
+    assert json.loads((run / "config.json").read_text())["arguments"]["patch"] == 32
+
+
+def settings_for(data, *flags):
+    return cli.settings_of(arguments(data, "--epochs", 1, *flags), training.Settings)
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 50), (20, 40, 32), (32, 32, 32)])
+def test_validation_covers_a_whole_case_of_any_size_by_windows(tensors, shape):
+    """A network that looks at single voxels gives the same in windows as in one piece."""
+    torch.manual_seed(0)
+    network, image = torch.nn.Conv3d(4, 3, 1), torch.rand(1, 4, *shape)
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    settings = settings_for(tensors, "--patch", 32, "--batch-size", 2)
+    with torch.no_grad():
+        logits = training.logits_of_cases(network, image, settings)
+        whole = training.logits_of_cases(network, image, settings_for(tensors))
+    assert torch.allclose(logits, whole, atol=1e-5)
+    assert seen.pop() == image.shape and {tuple(windows[1:]) for windows in seen} == {(4, 32, 32, 32)}
+
+
+def test_a_window_counts_most_in_its_middle(tensors):
+    """One axis, two windows: the weights of the two are MONAI's Gaussians of an eighth of the side."""
+
+    class Numbered(torch.nn.Module):
+        calls = 0
+
+        def forward(self, windows):
+            self.calls += 1
+            return torch.full((1, 3, 32, 32, 32), float(self.calls))
+
+    logits = training.logits_of_cases(Numbered(), torch.rand(1, 4, 48, 32, 32), settings_for(tensors, "--patch", 32))
+    gaussian = np.exp(-0.5 * ((np.arange(32) - 15.5) / (32 / 8)) ** 2).clip(1e-3)
+    weights = np.zeros((2, 48))
+    weights[0, :32], weights[1, 16:] = gaussian, gaussian
+    expected = (weights[0] + 2 * weights[1]) / weights.sum(0)
+    assert np.allclose(logits[0, 0, :, 16, 16], expected, atol=0.02)
+    assert np.allclose(logits[0, 0, [0, 23, 24, 47], 16, 16], [1, 1.38, 1.62, 2], atol=0.01)
+
+
+def test_regions_start_as_likely_as_they_are_frequent(tensors):
+    names = read_split(tensors)["train"][:3]
+    labels = torch.cat([load_case(tensors / f"{name}.pt")["label"].flatten() for name in names])
+    model = build_model("unet", **REGIONS)
+    output = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)][-1]
+    training.start_at_class_frequencies(model, Cases(tensors, names, "ram", CPU))
+    frequencies = [np.isin(labels, values).mean() for values in ((1, 3), (1, 2, 3), (3,))]
+    assert output.bias.sigmoid().tolist() == pytest.approx(frequencies, rel=0.02)
+
+
+def test_regions_of_one_case_can_be_learnt_by_heart(tensors, tmp_path):
+    name = read_split(tensors)["train"][0]
+    split = {"train": [name] * 8, "validation": [name], "test": [name]}
+    off = ["--flip-probability", 0, "--rotate-probability", 0, "--noise-probability", 0]
+    _, run = train(tensors, tmp_path, "--epochs", 14, "--learning-rate", 5e-3, "--regions", *off, split=split,
+                   config={"channels": (16, 32, 64, 128, 256), "out_channels": 3})
+    rows = list(csv.DictReader((run / "train.csv").open()))
+    assert max(float(row["dice_mean"]) for row in rows) > 0.95
+    assert open_run(run).config["out_channels"] == 3
+
+
+def test_a_run_of_before_patches_and_regions_is_resumed_as_one_without(tensors, begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "old")
+    path = tmp_path / "old" / RUN / "config.json"
+    record = json.loads(path.read_text())
+    for flag in ("patch", "regions"):
+        del record["arguments"][flag]
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"--patch 16 \(the run: None\)"):
+        train(tensors, tmp_path / "old", "--epochs", 3, "--fold", 1, "--patch", 16, "--resume",
+              config={"channels": (4, 8, 16), "strides": (2, 2)})  # fmt: skip
+    train(tensors, tmp_path / "old", "--epochs", 3, "--fold", 1, "--resume")
+
+
+def test_a_patch_that_the_network_cannot_halve_is_refused_with_one_that_it_can(tensors, tmp_path):
+    with pytest.raises(InputError, match=r"--patch 24: unet needs sides that 16 divides\. Choose --patch 32\."):
+        train(tensors, tmp_path, "--epochs", 1, "--patch", 24)
+    with pytest.raises(InputError, match=r"--patch 16: unet needs sides of 32 or more: .* Choose --patch 32 or more"):
+        train(tensors, tmp_path, "--epochs", 1, "--patch", 16)
+
+
 # ---- beginning and resuming ----------------------------------------------------------------------------------------
 
 
@@ -282,6 +386,8 @@ def begun(tensors, tmp_path_factory):
         (["--batch-size", 2, "--accumulate", 3], r"--batch-size 2 \(the run: 1\), --accumulate 3 \(the run: 1\)"),
         (["--noise-sd", 0.3], "--noise-sd 0.3"),
         (["--amp", "bf16"], "--amp bf16"),
+        (["--patch", 32], r"--patch 32 \(the run: None\)"),
+        (["--regions"], r"--regions True \(the run: False\)"),
         (["--epochs", 1], r"--epochs 1 \(the run: 2"),
     ],
 )
@@ -417,11 +523,20 @@ def test_a_lock_of_another_machine_is_not_taken_over(tmp_path):
 
 def test_a_run_is_opened_by_its_folder_or_a_checkpoint_in_it(begun, tensors):
     run = open_run(begun / RUN)
-    assert (run.name, run.network, run.size, run.spacing_mm) == ("test", "unet", [32, 32, 32], 1.0)
+    assert (run.name, run.network, run.size) == ("test", "unet", [32, 32, 32])
+    assert run.preprocessing == {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
     assert run.config["channels"] == list(SMALL["channels"]) and run.amp == "off"
     assert run.split == read_split(tensors, 1) and run.data.samefile(tensors)
     last = open_run(begun / RUN / "last.pt")
     assert last == replace(run, checkpoint=begun / RUN / "last.pt", epoch=2)
+
+
+def test_a_run_of_before_the_choice_of_a_normalization_was_trained_on_scaled_cubes(begun, tmp_path):
+    shutil.copytree(begun / RUN, tmp_path / "old")
+    record = json.loads((tmp_path / "old/config.json").read_text())
+    del record["preprocessing"]
+    (tmp_path / "old/config.json").write_text(json.dumps(record | {"spacing_mm": 1.5}))
+    assert open_run(tmp_path / "old").preprocessing == {"size": 32, "spacing_mm": 1.5, "normalize": "percentile"}
 
 
 def test_a_checkpoint_can_be_opened_without_its_folder(begun, tmp_path):

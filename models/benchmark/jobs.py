@@ -74,8 +74,8 @@ def model_of(path: Path, sizes: list[int], batch_sizes: list[int], device: str) 
     run = open_run(path)
     refuse_unknown_preprocessing(run)
     _require_size(path, run.size, sizes)
-    return Model(f"{run.network}-{run.name}", run.network, run.config, str(path), spacing_mm=run.spacing_mm,
-                 dice=mean_test_dice(run.folder))  # fmt: skip
+    return Model(f"{run.network}-{run.name}", run.network, run.config, str(path),
+                 spacing_mm=run.preprocessing["spacing_mm"], dice=mean_test_dice(run.folder))  # fmt: skip
 
 
 def _require_size(path: Path, sides: list[int], sizes: list[int]):

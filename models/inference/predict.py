@@ -97,7 +97,6 @@ def write_prediction(path: Path, label: np.ndarray, scheme: str, affine: np.ndar
 
 def refuse_unknown_preprocessing(run: Run):
     """InputError unless the record of a run says how raw cases become what its network was trained on."""
-    missing = [name for name in ("size", "spacing_mm") if getattr(run, name) is None]
-    if missing:
+    if run.preprocessing is None or run.size is None:
         path = run.folder / "config.json"
-        raise InputError(f"{path}: lacks {' and '.join(missing)} of the cases that the run was trained on.")
+        raise InputError(f"{path}: does not say how the cases that the run was trained on were preprocessed.")

@@ -72,7 +72,7 @@ def segment_scene(segmenter: Segmenter, scene: Scene, report: Callable[[str], No
 
         # A scene has RAS axes: with their affine, the prediction comes back to these.
         affine = None if scene.affine is None else scene.ras_affine
-        return segment(scene.image, affine, network, size=run.size[0], spacing_mm=run.spacing_mm,
+        return segment(scene.image, affine, network, size=run.size[0], spacing_mm=run.preprocessing["spacing_mm"],
                        device=segmenter.device, amp_dtype=segmenter.amp_dtype, on_stage=begin)  # fmt: skip
 
     layers = network.modules() if isinstance(network, torch.nn.Module) else ()  # an engine is a single step

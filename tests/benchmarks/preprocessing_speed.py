@@ -26,9 +26,9 @@ import torch
 from monai import transforms as mt
 
 from models.brats import MODALITIES, find_cases
+from models.cohort import process_case
 from models.dataset import load_case
 from models.files import git_commit
-from preprocess_brats import process_case
 
 
 def monai_chain(size: int):
@@ -123,7 +123,7 @@ def main():
     cases, chain, rows = find_cases(args.raw), monai_chain(args.size), []
     with tempfile.TemporaryDirectory() as folder:
         for compact in (False, True):
-            settings = {"size": args.size, "spacing_mm": 1.0, "compact": compact}
+            settings = {"size": args.size, "spacing_mm": 1.0, "compact": compact, "normalize": "percentile"}
             made = [compare(case, chain, settings, Path(folder)) for case in [cases[0], *cases]][1:]  # one to warm up
             print("compact" if compact else "not compact")
             for key in list(made[0])[2:]:

@@ -1,0 +1,160 @@
+"""All cases of a cohort through the preprocessing: in parallel, with an entry of the manifest for each that is done.
+
+The process that hands out the cases does without torch, which only its workers import: where all is done already, or a
+flag is wrong, nobody waits for it.
+"""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.brats import LABEL_SCHEMES, LABELS, LAYOUTS, MODALITIES, Case, read_case, to_training_labels
+from models.errors import InputError
+from models.manifest import write_manifest
+
+MANIFEST_EVERY_S = 2.0  # between two writings of the manifest: what a killed run has to do again
+MANIFEST_SHARE = 0.02  # of the time, at most, goes into writing it: the larger it is, the less often
+
+
+def describe(cases: list[Case], raw: Path, override: str | None) -> dict[str, str]:
+    """Say what was found; returns the label scheme of each layout."""
+    schemes = {}
+    for layout in sorted({case.layout for case in cases}):
+        scheme = schemes[layout] = override or layout
+        names = {0: "background", **LABELS}
+        values = ", ".join(f"{raw_value} = {names[value]}" for raw_value, value in LABEL_SCHEMES[scheme].items())
+        members = [case for case in cases if case.layout == layout]
+        unlabelled = sum(not case.labelled for case in members)
+        print(f"{raw}: {len(members)} cases, {LAYOUTS[layout]}; labels {scheme}: {values}"
+              + (f"; {unlabelled} without segmentation" if unlabelled else ""))
+    return schemes
+
+
+# ---- one case ------------------------------------------------------------------------------------------------------
+
+
+def start_worker():
+    import torch  # here and below, for the workers alone
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # the workers share the cores among themselves
+
+
+def end_with_parent():
+    parent_process().join()  # where it was killed, nobody else ends this one
+    os._exit(1)
+
+
+def process_case(case: Case, scheme: str, out: Path, settings: dict) -> dict:
+    """Read, transform and save one case; returns its entry in the manifest."""
+    from models.dataset import save_case  # needs torch
+    from models.preprocessing import to_network  # needs torch
+
+    volumes = read_case(case)
+    label = volumes.label
+    if label is not None:
+        label = to_training_labels(label, scheme, case.files["seg"][0])
+    arguments = {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
+    result = to_network(volumes.image, label, volumes.affine, **arguments)
+    result |= {"case": case.name, "modalities": list(MODALITIES), "label_scheme": scheme}
+    path = out / f"{case.name}.pt"
+    return {
+        "crc32": save_case(path, result, settings["compact"]),
+        "bytes": path.stat().st_size,
+        "patient": case.patient,
+        "labelled": case.labelled,
+        "label_scheme": scheme,
+        "sources": source_sizes(case),
+    }
+
+
+def source_sizes(case: Case) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in case.source_files}
+
+
+def is_done(case: Case, scheme: str, manifest: dict) -> bool:
+    entry = manifest["cases"].get(case.name)
+    return entry is not None and entry["label_scheme"] == scheme and entry["sources"] == source_sizes(case)
+
+
+# ---- all cases -----------------------------------------------------------------------------------------------------
+
+
+def process(
+    todo: list[Case], schemes: dict[str, str], settings: dict, out: Path, workers: int, manifest: dict, file: Path
+) -> dict[str, str]:
+    """Process the cases, filling the manifest, which is written to `file` now and then and in the end, however that
+    comes; returns case -> reason for those that failed."""
+    workers = min(workers, len(todo))
+    failures, running, waiting, next_writing = {}, {}, iter(todo), time.monotonic() + MANIFEST_EVERY_S
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and torchrun stop a process with it
+    # "spawn" starts clean interpreters on every platform; a fork would copy the locks of numerical libraries
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+    progress = tqdm(total=len(todo), unit="case")
+    try:
+        while True:
+            # A few ahead of the workers, not all: a future holds its case and its result as long as it lives.
+            for case in islice(waiting, 2 * workers - len(running)):
+                running[submit(pool, case, schemes[case.layout], out, settings)] = case.name
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    manifest["cases"][name] = future.result()
+                except BrokenProcessPool:
+                    raise InputError(
+                        "a worker was killed, most likely for lack of memory. Lower --workers and run the same "
+                        "command again: what is done stays done."
+                    ) from None
+                except Exception as error:  # one bad case must not cost the other thousand
+                    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                    failures[name] = " ".join(text.split())
+                    manifest["cases"].pop(name, None)
+                    (out / f"{name}.pt").unlink(missing_ok=True)  # of an earlier run with other settings
+                progress.update()
+            if (start := time.monotonic()) > next_writing:
+                write_manifest(file, manifest)
+                end = time.monotonic()
+                next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
+    except BaseException:
+        stop(pool, out)
+        raise
+    finally:
+        progress.close()
+        write_manifest(file, manifest)
+    pool.shutdown()
+    return failures
+
+
+def submit(pool, *arguments):
+    """A worker that starts here is deaf to Ctrl-C from its first moment, not only once it has imported everything."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(process_case, *arguments)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(process_case, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def stop(pool, out: Path):
+    """End the workers where they are, and remove what they were writing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough, and a second must not end this half-way
+    workers = active_children()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+        for temporary in out.glob(f".*.{worker.pid}.tmp"):
+            temporary.unlink(missing_ok=True)
