@@ -167,11 +167,11 @@ def choose_input(
     def decide():
         images = (load_case(data / f"{name}.pt", as_stored=True)["image"] for name in names)
         case_bytes = [image.nbytes + image[0].numel() for image in images]  # every label is kept as uint8
-        largest, batch_bytes = max(case_bytes), batch_size * max(case_bytes)
+        batch_bytes = batch_size * max(case_bytes)
         if patch:
-            first = load_case(data / f"{names[0]}.pt", as_stored=True)["image"]
-            patch_bytes = patch**3 * (len(MODALITIES) * first.element_size() + 1)
-            batch_bytes = max(batch_size * patch_bytes, largest)  # a whole case is validated on at a time
+            image = load_case(data / f"{names[0]}.pt", as_stored=True)["image"]
+            patch_bytes = patch**3 * (len(MODALITIES) * image.element_size() + 1)
+            batch_bytes = max(batch_size * patch_bytes, max(case_bytes))  # a whole case is validated on at a time
         return choose_cache(cache, case_bytes, patch is None, device), choose_workers(workers, batch_bytes)
 
     return decided_once(decide)
