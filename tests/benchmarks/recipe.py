@@ -216,7 +216,7 @@ def main():
             continue
         print(f"{time.strftime('%H:%M:%S')} {', '.join(f'{key} {value}' for key, value in job.items())}", flush=True)
         folder = train(variant, data, args.epochs, seed, fold)
-        described = job | {"script": VARIANTS[variant][0], "flags": f"{COMMON} {VARIANTS[variant][1]}"}
+        described = job | {"script": VARIANTS[variant][0], "flags": f"{COMMON} {VARIANTS[variant][1]}".strip()}
         append(args.csv, [described | row for row in rows_of(folder, data, fold, device)])
     rows = {}
     for row in read(args.csv):
