@@ -33,6 +33,13 @@ def arguments():
                               "Swin blocks, or of the convolutions too; slower steps, less memory")
     network.add_argument("--attention", choices=("reference", "sdpa", "auto"), default="auto",
                          help="written-out formula, torch's fused kernels, or the faster of them on this device")
+    network.add_argument("--v2", action="store_true",
+                         help="Swin UNETR V2: a residual block of convolutions before each stage; for few cases")
+    network.add_argument("--drop-path", type=cli.fraction, default=0.0,
+                         help="how often the branches of the last Swin block are left out in a training step, below 1; "
+                              "less often in the blocks before it, never in the first")
+    network.add_argument("--no-attention", action="store_true",
+                         help="leave attention out of the Swin blocks, to see what it is worth")
     return parser.parse_args()
 
 
@@ -44,10 +51,13 @@ def main() -> int:
     split = read_split(args.data, args.fold)
     size = input_size(args.data, split, args.patch)
     config = {"out_channels": 3 if args.regions else 4, "feature_size": args.feature_size,
-              "window_size": args.window_size, "attention": args.attention, "checkpointing": args.checkpointing}
+              "window_size": args.window_size, "attention": args.attention, "checkpointing": args.checkpointing,
+              "v2": args.v2, "drop_path": args.drop_path, "use_attention": not args.no_attention}
     refuse_unfit_size("swinunetr", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed)
     model = build_model("swinunetr", **config)
+    if args.init and not args.resume:
+        runs.load_initial_weights(model, args.init)
     folder = runs.choose_folder(model.network, args.run_name)
     with runs.locked(folder):
         earlier = runs.record_to_resume(folder, model, vars(args), split)

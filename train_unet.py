@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the CNN baseline, a residual 3-D U-Net, on preprocessed BraTS cases, then test it.
+"""Train a CNN, by default the baseline, a residual 3-D U-Net, on preprocessed BraTS cases, then test it.
 
 Writes models/unet/results/<run>/: config.json, train.csv, training_plots.png, best.pt (best validation Dice), last.pt,
 test_results.csv and test_prediction_overlay.png.
@@ -19,6 +19,17 @@ from models import cli
 def arguments():
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument("--variant", choices=("monai", "full-resolution", "space-to-depth"), default="monai",
+                         help="MONAI's U-Net, whose first level has half the resolution; one that has a level at full "
+                              "resolution; or the cheaper one that has it in the decoder only")
+    network.add_argument("--channels", type=cli.positive_int, nargs="+", default=[16, 32, 64, 128, 256],
+                         help="of each level, the finest first")
+    network.add_argument("--convolutions", type=cli.positive_int, nargs="+", default=[1, 2, 2, 2, 2],
+                         help="in each level's block; this and the following are not for monai")
+    network.add_argument("--residual", action="store_true", help="a shortcut in each block")
+    network.add_argument("--upsampling", choices=("transposed", "trilinear"), default="transposed",
+                         help="transposed convolution, or interpolation after a 1x1x1 convolution")
     return parser.parse_args()
 
 
@@ -29,9 +40,13 @@ def main() -> int:
 
     split = read_split(args.data, args.fold)
     size = input_size(args.data, split, args.patch)
-    refuse_unfit_size("unet", {}, size, args.data, args.patch)
+    config = {"out_channels": 3 if args.regions else 4, "variant": args.variant, "channels": args.channels,
+              "convolutions": args.convolutions, "residual": args.residual, "upsampling": args.upsampling}
+    refuse_unfit_size("unet", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed)
-    model = build_model("unet", out_channels=3 if args.regions else 4)
+    model = build_model("unet", **config)
+    if args.init and not args.resume:
+        runs.load_initial_weights(model, args.init)
     folder = runs.choose_folder(model.network, args.run_name)
     with runs.locked(folder):
         earlier = runs.record_to_resume(folder, model, vars(args), split)

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from monai.networks.blocks import Convolution, ResidualUnit
 
 from models import build_model
-from models.swinunetr.network import Decoder, Encoder, OutputHead, PatchEmbedding, PatchMerging, SwinBlock, UpConv
+from models.swinunetr.convolutions import Decoder, Encoder, OutputHead, UpConv
+from models.swinunetr.network import PatchEmbedding, PatchMerging, SwinBlock
 from models.swinunetr.window_attention import mask_groups, mask_of_group, partition, shift_masks
 
 SIZE = 128  # voxels along a side of the input

@@ -19,10 +19,15 @@ def build_model(name: str, **config):
     unknown = sorted(set(config) - set(package.DEFAULTS))
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}. It has: {', '.join(package.DEFAULTS)}.")
-    config = package.DEFAULTS | config
+    config = with_defaults(name, config)
     model = use_onednn(package.build(**config))
     model.network, model.config = name, config
     return model
+
+
+def with_defaults(name: str, config: dict) -> dict:
+    """The complete settings of a network; those of an older checkpoint lack what has been added since."""
+    return _subpackage(name).DEFAULTS | config
 
 
 def size_multiple(name: str) -> int:
@@ -40,7 +45,7 @@ def refuse_unfit_size(name: str, config: dict, size, data, patch: int | None = N
     if any(side % multiple for side in size):
         fitting = max(multiple, round(size[0] / multiple) * multiple)
         raise InputError(f"{given} needs sides that {multiple} divides. {remedy} {fitting}.")
-    smallest, reason = package.smallest_side(package.DEFAULTS | config)
+    smallest, reason = package.smallest_side(with_defaults(name, config))
     if min(size) < smallest:
         raise InputError(f"{given} needs sides of {smallest} or more: {reason}. "
                          f"{remedy} {-(-smallest // multiple) * multiple} or more.")

@@ -1,4 +1,4 @@
-"""Batched augmentation on the device that trains: flips, 90-degree rotations, Gaussian noise.
+"""Batched augmentation on the device that trains: flips, 90-degree rotations, Gaussian noise; more if it is strong.
 
 The decisions are drawn on the CPU, so nothing waits for the device. A flip and a rotation of one case together are one
 permutation of the axes and one set of reversed axes: a case is read once, as it is stored, and written once, in the
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from models.augment_strong import change_intensities, draw_intensities, draw_warp, resample
+
 
 def augment(
     images: Sequence[torch.Tensor],
@@ -18,14 +20,16 @@ def augment(
     rotate_probability: float = 0.5,
     noise_probability: float = 0.2,
     noise_sd: float = 0.1,
+    strong: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B images [4, D, H, W] and labels [1, D, H, W] of any type, moved together, as float32 [B, 4, D, H, W] and int64
     [B, 1, D, H, W]; `generator` is a CPU generator.
 
     Each axis is flipped with `flip_probability`; with `rotate_probability` the case turns by 90, 180 or 270 degrees in
-    a random plane (180 only, where the plane is not square); noise is added to the image alone. `out` is an earlier
-    result that may be overwritten: on a CPU new memory for every batch costs more than all that is done here.
+    a random plane (180 only, where the plane is not square); noise is added to the image alone. With `strong`,
+    cases are also warped and their intensities changed, as models/augment_strong.py says, and the background stays 0.
+    `out` is an earlier result that may be overwritten: on a CPU new memory for every batch costs more than flips do.
     """
     count, shape, device = len(images), images[0].shape[1:], images[0].device
     if out is None or len(out[0]) < count:
@@ -33,19 +37,30 @@ def augment(
                torch.empty(count, 1, *shape, dtype=torch.long, device=device))  # fmt: skip
     image_batch, label_batch = (batch[:count] for batch in out)
     threads = torch.get_num_threads()
-    if device.type == "cpu":
-        # These are many short operations: threads would wait for one another longer than they work.
-        torch.set_num_threads(1)
+    # These are many short operations: threads would wait for one another longer than they work.
+    few = 1 if device.type == "cpu" else threads
+    torch.set_num_threads(few)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         order, backwards = _flips_and_rotation(shape, generator, flip_probability, rotate_probability)
-        # Volume by volume [D, H, W]: what lies between reading and writing stays small.
-        for source, target in zip((*image, *label), (*image_batch[index], *label_batch[index]), strict=True):
-            _copy_moved(source, target, order, backwards)
+        warp = draw_warp(generator) if strong else None
+        if warp:
+            torch.set_num_threads(threads)  # this is a long one
+            resample(image, label, warp, order, backwards, image_batch[index], label_batch[index])
+            torch.set_num_threads(few)
+        else:
+            # Volume by volume [D, H, W]: what lies between reading and writing stays small.
+            for source, target in zip((*image, *label), (*image_batch[index], *label_batch[index]), strict=True):
+                _copy_moved(source, target, order, backwards)
+        if strong:
+            foreground = image_batch[index] != 0
+            change_intensities(image_batch[index], draw_intensities(len(image), generator))
         if _chance(noise_probability, generator):
             seed = int(torch.randint(2**31, (), generator=generator))
             noise = torch.Generator(device).manual_seed(seed)
             for target in image_batch[index]:
                 target += torch.empty_like(target).normal_(0, noise_sd, generator=noise)
+        if strong:
+            image_batch[index] *= foreground
     torch.set_num_threads(threads)
     return image_batch, label_batch
 

@@ -135,6 +135,11 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--noise-sd", type=positive_float, default=0.1,
                       help="of that noise; an image goes from 0 to 1 or, where it was preprocessed with --normalize "
                            "zscore, has the standard deviation 1")
+    data.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
+                      help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
+                           "and bias fields, for few cases and many epochs")
+    data.add_argument("--copy-paste", type=fraction, default=0.0,
+                      help="probability that a case gets the tumour of another training case pasted in")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--regions", action="store_true",
@@ -148,6 +153,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     optimisation.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
     optimisation.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
     optimisation.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")
+    optimisation.add_argument("--ema", type=fraction, default=0.0,
+                              help="validate, test and keep an exponential moving average of the weights, with this "
+                                   "decay per update, such as 0.99; 0: the weights themselves")
     optimisation.add_argument("--seed", type=natural, default=0, help="of the weights, the order and the augmentation")
 
     runtime = parser.add_argument_group("runtime and output")
@@ -155,6 +163,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
     runtime.add_argument("--run-name", type=folder_name,
                          help="folder below models/<network>/results/ (default: the date and time)")
+    runtime.add_argument("--init", metavar="RUN",
+                         help="start from the weights of this run of the same network (its folder, or a checkpoint), "
+                              "not from random ones")
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
                               "and what changes the speed alone may differ from what it began with")

@@ -11,6 +11,7 @@ import platform
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from models import build_model, cost
+from models import build_model, cost, with_defaults
 from models.brats import MODALITIES
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
@@ -27,6 +28,8 @@ from models.files import ROOT, git_commit, portable, write_atomically
 
 CHECKPOINT_FORMAT = 1
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
+# Flags that older records do not name, and what they would have said.
+ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None}
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
@@ -59,8 +62,7 @@ class Run:
 
 def open_run(path: str | Path) -> Run:
     """The run in a folder, or that of a checkpoint file. InputError where there is none or it is damaged."""
-    path = Path(path)
-    checkpoint_file = path / "best.pt" if path.is_dir() else path
+    checkpoint_file = _checkpoint_file(path)
     checkpoint = load_checkpoint(checkpoint_file, mmap=True)
     folder = checkpoint_file.resolve().parent
     record = read_record(folder)
@@ -106,12 +108,24 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
 
     A missing, damaged or mismatched file is an InputError: weights are loaded strictly or not at all.
     """
-    path = Path(path)
-    path = path / "best.pt" if path.is_dir() else path
+    path = _checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["network"], **checkpoint["config"])
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), checkpoint
+
+
+def load_initial_weights(model, path: str | Path):
+    """Give a network the weights of a run (its folder, or a checkpoint file). InputError unless that is a network with
+    the same settings."""
+    path = _checkpoint_file(path)
+    _refuse_other_network(path, model)
+    load_weights(model, load_checkpoint(path), path)
+
+
+def _checkpoint_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "best.pt" if path.is_dir() else path
 
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict:
@@ -224,7 +238,7 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
     if record["data_manifest_sha256"] != manifest_checksum(arguments["data"]):
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
-    before = {"patch": None, "regions": False} | current_arguments(record)  # of before there were these
+    before = current_arguments(record)
     changed = [
         f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
         for flag, value in before.items()
@@ -246,8 +260,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 def _refuse_other_network(path: Path, model):
     checkpoint = load_checkpoint(path, mmap=True)
     trained, asked = (
-        {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS}
-        for config in (checkpoint["config"], json.loads(json.dumps(model.config)))
+        {key: value for key, value in json.loads(json.dumps(config)).items() if key not in RUNTIME_SETTINGS}
+        for config in (with_defaults(checkpoint["network"], checkpoint["config"]), model.config)
     )
     if checkpoint["network"] != model.network or trained != asked:
         raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
@@ -255,7 +269,7 @@ def _refuse_other_network(path: Path, model):
 
 def current_arguments(record: dict) -> dict:
     """The arguments with what the resumptions have changed."""
-    arguments = dict(record["arguments"])
+    arguments = ADDED_FLAGS | record["arguments"]
     for resumption in record.get("resumptions", ()):
         arguments |= resumption["changed"]
     return arguments
@@ -298,6 +312,8 @@ def write_record(
             **costs,
             **circumstances,
         }
+        if arguments["init"]:
+            record["initial_weights"] = _initial_weights(_checkpoint_file(arguments["init"]))
     else:
         resumption = _resumption(folder, earlier, arguments) | circumstances
         record = earlier | {"resumptions": [*earlier.get("resumptions", ()), resumption]}
@@ -311,6 +327,12 @@ def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
     said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
     print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
     return {"after_epoch": after_epoch, "changed": changed}
+
+
+def _initial_weights(path: Path) -> dict:
+    """Which checkpoint a training began with, so that it can be told from a later one of the same name."""
+    return {"checkpoint": portable(path), "epoch": load_checkpoint(path, mmap=True)["epoch"],
+            "crc32": f"{zlib.crc32(path.read_bytes()):08x}"}  # fmt: skip
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -336,9 +358,13 @@ def save(path: Path, content: dict):
     write_atomically(path, buffer.getbuffer())
 
 
-def restore(path: Path, model, optimizer, scaler) -> list[dict]:
-    """Load the state after the last whole epoch; returns the history."""
+def restore(path: Path, model, average, optimizer, scaler) -> list[dict]:
+    """Load the state after the last whole epoch, with that of the `average` of the weights, if there is one; returns
+    the history."""
     checkpoint = load_checkpoint(path)
+    if average is not None:
+        load_weights(average, checkpoint, path)
+        checkpoint["model"] = checkpoint["trained_model"]
     load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])

@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from monai.inferers import sliding_window_inference
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import runs
 from models.augment import augment
 from models.brats import LABELS, TARGETS
+from models.copy_paste import paste_tumours
 from models.dataset import Cases, batches, choose_input, epoch_order, load_case
 from models.device import (
     AMP_DTYPES,
@@ -55,11 +57,15 @@ class Settings:
     warmup: float  # share of the updates before the peak
     weight_decay: float
     clip: float  # largest gradient norm
+    ema: float  # decay of the average of the weights that is validated and tested in their place; 0: none
     seed: int
+    init: str | None  # the run whose weights the network was given before the training
     flip_probability: float
     rotate_probability: float
     noise_probability: float
     noise_sd: float
+    augmentation: str  # "basic", or "strong", which warps cases and changes their intensities as well
+    copy_paste: float  # probability that a case gets the tumour of another one as well
     patch: int | None  # side in voxels of what is cut from the cases; None: whole cases
     amp: str  # a key of AMP_DTYPES, or "auto" until `resolve`
     cache: str  # "device", "ram" or "disk", or "auto" until `resolve`
@@ -160,6 +166,7 @@ def fit(
 ) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes.
 
+    With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
     `resume` goes on after the last epoch that `folder` holds.
     """
     # A patch is copied out of its case, so it is the batch, not the case, that has to be pinned.
@@ -167,21 +174,24 @@ def fit(
         Cases(settings.data, split[part], settings.cache, device, pin=settings.patch is None)
         for part in ("train", "validation")
     )
-    if not resume:
+    if not resume and not settings.init:
         start_at_class_frequencies(model, train_cases)
     model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    history = runs.restore(folder / "last.pt", model, optimizer, scaler) if resume else []
+    average = deepcopy(model) if settings.ema else None
+    history = runs.restore(folder / "last.pt", model, average, optimizer, scaler) if resume else []
+    judged = average if settings.ema else model
     if settings.compile:
         model.compile()
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     for epoch in range(len(history), settings.epochs):
         start = time.perf_counter()
-        row = {"epoch": epoch + 1, **train_epoch(trained, train_cases, epoch, settings, optimizer, scaler, device)}
-        losses, counts = validate(model, validation_cases, settings, device)
+        trained_epoch = train_epoch(trained, train_cases, epoch, settings, optimizer, scaler, device, average)
+        row = {"epoch": epoch + 1, **trained_epoch}
+        losses, counts = validate(judged, validation_cases, settings, device)
         scores = [dice_per_target(matrix) for matrix in counts]
         row["validation_loss"] = float(losses.mean())
         row["dice_mean"] = sum(map(mean_label_dice, scores)) / len(scores)
@@ -192,14 +202,15 @@ def fit(
                              f"--amp off. {folder} keeps the epochs before it.")
         history.append(row)
         if rank() == 0:
-            write_epoch(folder, history, model, optimizer, scaler, settings.amp)
+            write_epoch(folder, history, model, average, optimizer, scaler, settings.amp)
     if world_size() > 1:
         dist.barrier()  # best.pt must be there before any process loads it
     return sum(row["seconds"] for row in history) / 60
 
 
-def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device) -> dict:
-    """One pass over the training cases. Nothing in it waits for the device before the last step is queued."""
+def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device, average=None) -> dict:
+    """One pass over the training cases; `average`, if there is one, follows the weights. Nothing in it waits for the
+    device before the last step is queued."""
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
     order = epoch_order(len(cases), settings.seed, epoch, rank(), world_size())
@@ -213,13 +224,15 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}-{epoch}-{rank()}").getrandbits(60))
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     augmentation = (settings.flip_probability, settings.rotate_probability, settings.noise_probability,
-                    settings.noise_sd)
+                    settings.noise_sd, settings.augmentation == "strong")
     loss_sum, waited_s, start = torch.zeros((), device=device), 0.0, time.perf_counter()
     bar = tqdm(total=micro_steps, desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step", disable=rank() != 0)
     loader = batches(cases, order, settings.batch_size, device, settings.workers)
     batch = None
     for micro_step, (images, labels, wait_s) in enumerate(loader):
         waited_s += wait_s
+        if settings.copy_paste:
+            images, labels = paste_tumours(images, labels, cases, settings.copy_paste, generator)
         # Into the memory of the last batch: its backward pass is over.
         batch = image, label = augment(images, labels, generator, *augmentation, out=batch)
         # The last window can be shorter: divide by the steps that it really has.
@@ -243,6 +256,8 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                follow(average, model, settings.ema, step)
         bar.update()
     loss_sum /= micro_steps
     if world_size() > 1:
@@ -260,6 +275,13 @@ def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, 
     )
     bar.close()
     return row
+
+
+def follow(average, model, decay: float, step: int):
+    """Move an average of the weights towards those after update number `step`, counted from 0. The early ones are
+    forgotten sooner, or a short training would never get away from where it began."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
 
 
 def logits_of_cases(model, image: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -335,12 +357,15 @@ def draw_prediction(model, settings: Settings, name: str, epoch: int, folder: Pa
     )  # fmt: skip
 
 
-def write_epoch(folder: Path, history: list[dict], model, optimizer, scaler, amp: str):
+def write_epoch(folder: Path, history: list[dict], model, average, optimizer, scaler, amp: str):
     """best.pt before last.pt, so that an interruption between them repeats an epoch rather than losing the best."""
-    checkpoint = runs.checkpoint_of(model, amp, len(history), history[-1]["dice_mean"])
+    network = model if average is None else average
+    checkpoint = runs.checkpoint_of(network, amp, len(history), history[-1]["dice_mean"])
     if max(history, key=lambda row: row["dice_mean"]) is history[-1]:  # of equal epochs the first, as in the plot
         runs.save(folder / "best.pt", checkpoint)
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    if average is not None:
+        state["trained_model"] = model.state_dict()
     runs.save(folder / "last.pt", checkpoint | state)
     write_csv(folder / "train.csv", history)
     training_plots(history, folder / "training_plots.png", f"{model.network}, {folder.name}")

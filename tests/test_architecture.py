@@ -19,7 +19,7 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 FLOORS = [
     {"errors", "files", "cli", "device", "timing"},
     {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
-     "augment", "phantom"},
+     "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
     {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},

@@ -148,6 +148,17 @@ def test_runs_of_different_width_each_have_their_own_of_monai(trained, tmp_path)
     assert [model.source for model in chosen if model.name.startswith("monai-")] == [str(trained), str(runs[2])]
 
 
+def test_a_network_that_monai_does_not_have_runs_without_it(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "full")
+    settings = {"variant": "full-resolution", "channels": [4, 8], "convolutions": [1, 1]}
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save(checkpoint | {"config": checkpoint["config"] | settings}, tmp_path / "full" / "best.pt")
+    chosen = jobs.choose_models(None, [tmp_path / "full"], feature_size=12, **SETTING)
+    assert [model.source for model in chosen] == [str(tmp_path / "full")]
+    without_attention = worker.Model("swinunetr", "swinunetr", {"use_attention": False})
+    assert not worker.has_monai_twin(without_attention)
+
+
 def test_results_go_to_the_repository_wherever_the_command_was_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [SCRIPT])
@@ -292,6 +303,7 @@ def test_equal_labels_of_a_network_of_regions_are_counted():
 
 @pytest.mark.parametrize(("network", "config"), [
     ("unet", {"channels": (8, 16, 32, 64, 128)}), ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1)}),
+    ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1), "v2": True}),
 ])  # fmt: skip
 def test_monais_class_as_it_comes_gets_our_weights(network, config):
     ours = build_model(network, **config).eval()

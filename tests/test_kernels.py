@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from models.errors import InputError
-from models.swinunetr.network import Decoder, ResidualBlock, SwinStage
+from models.swinunetr.convolutions import Decoder, ResidualBlock
+from models.swinunetr.network import SwinStage
 from models.swinunetr.window_attention import (
     WindowAttention,
     mask_groups,
@@ -270,7 +271,7 @@ def test_they_compile_into_one_graph():
 def test_the_parts_of_the_network_are_the_same_on_these_kernels(part):
     torch.manual_seed(0)
     if part == "stage":  # a plain and a shifted block; a token grid that needs padding and is a window thick at the end
-        plain = SwinStage(12, 2, 3, recompute=False, window_size=3, attention="auto", legacy_merging=False)
+        plain = SwinStage(12, 3, (0, 0), False, False, window_size=3, attention="auto", use_attention=True)
         inputs = [torch.randn(1, 4, 4, 2, 12)]
     else:
         plain, inputs = Decoder(12, 8), [torch.randn(1, 12, 2, 2, 3), torch.randn(1, 8, 4, 4, 6)]

@@ -66,6 +66,20 @@ def read(path):
     return list(csv.DictReader(path.open()))
 
 
+def test_a_unet_of_other_settings_is_trained_from_the_command_line_and_started_from(tensors, tmp_path):
+    network = ["--variant", "space-to-depth", "--channels", 4, 8, 12, "--convolutions", 1, 1, 2, "--residual",
+               "--upsampling", "trilinear"]  # fmt: skip
+    recipe = ["--augmentation", "strong", "--copy-paste", 0.5, "--ema", 0.9, "--epochs", 1, "--amp", "off"]
+    run_script("train_unet.py", tensors, *network, *recipe, "--run-name", "first", cwd=tmp_path)
+    run_script("train_unet.py", tensors, *network, *recipe, "--run-name", "second", "--init", RUN, cwd=tmp_path)
+    config = open_run(tmp_path / "models/unet/results/second").config
+    assert (config["variant"], config["channels"], config["residual"]) == ("space-to-depth", [4, 8, 12], True)
+    refused = run_script("train_unet.py", tensors, "--init", RUN, "--run-name", "third", cwd=tmp_path, status=2)
+    assert refused.stderr.count("\n") == 1 and f"{RUN}/best.pt: a unet of" in refused.stderr
+    refused = run_script("train_unet.py", tensors, "--convolutions", 3, 3, 3, 3, 3, cwd=tmp_path, status=2)
+    assert "the variant 'monai' of the U-Net has no such setting" in refused.stderr
+
+
 def test_preprocessing_skips_what_is_done_and_resumes_what_is_not(raw, tensors):
     stamps = {path.name: path.stat().st_mtime_ns for path in tensors.glob("*.pt")}
     lost = tensors / "BraTS2021_00004.pt"

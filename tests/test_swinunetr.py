@@ -14,7 +14,8 @@ from monai.networks.nets.swin_unetr import PatchMergingV2
 from models import build_model, size_multiple
 from models.errors import InputError
 from models.swinunetr import DEFAULTS, blocked_attention
-from models.swinunetr.network import SwinUNETR, instance_norm
+from models.swinunetr.convolutions import instance_norm
+from models.swinunetr.network import SwinUNETR, drop_path
 from models.swinunetr.window_attention import WindowAttention, mask_groups
 
 TINY = {"feature_size": 12, "window_size": 4, "depths": (1, 2, 1, 1), "num_heads": (3, 3, 3, 3)}
@@ -172,6 +173,54 @@ def test_legacy_merging_takes_two_neighbours_twice():
         assert (ours(image) - theirs(image)).abs().max() < 1e-4
 
 
+def v2_pair(drop_path=0.0, **config):
+    """MONAI's V2 and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = MonaiSwinUNETR(4, 4, feature_size=12, use_v2=True, dropout_path_rate=drop_path)
+    ours = SwinUNETR(feature_size=12, v2=True, drop_path=drop_path, **config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs, ours
+
+
+def test_v2_is_that_of_monai():
+    theirs, ours = (model.eval() for model in v2_pair())
+    image = torch.randn(1, 4, 32, 64, 32)
+    with torch.inference_mode():
+        assert (ours(image) - theirs(image)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_gradients_of_v2_with_dropped_branches_are_those_of_monai(checkpointing):
+    """Both draw the branches that they leave out in the same order from the same generator; the rates are eighths,
+    which float32, in which MONAI keeps them, has exactly."""
+    theirs, ours = (model.double().train() for model in v2_pair(0.875, checkpointing=checkpointing))
+    image, weight = torch.randn(2, 2, 4, 32, 64, 32, dtype=torch.float64)
+    for model in (theirs, ours):
+        torch.manual_seed(5)
+        (model(image) * weight).sum().backward()
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_a_dropped_branch_keeps_its_mean():
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(4000, 1, 1, 1, 1), 0.3).flatten()
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert dropped.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_without_attention_no_token_sees_another_in_a_block():
+    stage = SwinUNETR(**TINY, use_attention=False).swinViT.layers1[0]
+    tokens = torch.randn(1, 4, 4, 4, 12)
+    changed = tokens.clone()
+    changed[0, 1, 2, 3] += 1
+    block = stage.blocks[0]
+    moved = (block(changed) != block(tokens)).any(-1)[0].nonzero()
+    assert moved.tolist() == [[1, 2, 3]]
+    assert not [name for name in block.state_dict() if "attn" in name or "norm1" in name]
+
+
 def test_impossible_settings_and_sides_are_refused():
     with pytest.raises(InputError, match=r"In place of 100, 96 or 128 would do"):
         SwinUNETR(**TINY)(torch.zeros(1, 4, 96, 100, 96))
@@ -182,7 +231,7 @@ def test_impossible_settings_and_sides_are_refused():
     with pytest.raises(InputError, match="kernels 'cuda': must be one of torch, triton"):
         SwinUNETR(**TINY).set_kernels("cuda")
     for bad in ({"feature_size": 20}, {"attention": "flash"}, {"checkpointing": "all"}, {"depths": (2, 2)},
-                {"num_heads": (5, 6, 12, 24)}, {"window_size": 1}):  # fmt: skip
+                {"num_heads": (5, 6, 12, 24)}, {"window_size": 1}, {"drop_path": 1.0}):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(bad))):
             SwinUNETR(**(TINY | bad))
 

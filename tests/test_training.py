@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
     refuse_unfit_size(network, config, size, data, args.patch)
     training.setup("cpu", args.seed)
     model = build_model(network, **config)
+    if args.init and not args.resume:
+        runs.load_initial_weights(model, args.init)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "ROOT", folder)
         run = runs.choose_folder(network, args.run_name)
@@ -101,10 +104,12 @@ def test_accumulated_steps_equal_one_large_batch_in_the_short_last_window_too(te
     assert torch.allclose(large, accumulated, atol=2e-5)
 
 
-@pytest.mark.parametrize("patches", [[], ["--patch", 16]])
-def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, patches):
-    flags = ["--epochs", 4, "--accumulate", 2, *patches]
-    config = SMALL | ({"channels": (4, 8, 16), "strides": (2, 2)} if patches else {})
+@pytest.mark.parametrize(
+    "added", [[], ["--patch", 16], ["--ema", 0.9], ["--augmentation", "strong", "--copy-paste", 0.5]]
+)
+def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, added):
+    flags = ["--epochs", 4, "--accumulate", 2, *added]
+    config = SMALL | ({"channels": (4, 8, 16), "strides": (2, 2)} if "--patch" in added else {})
     whole, run = train(tensors, tmp_path / "a", *flags, config=config)
 
     written = training.write_epoch
@@ -120,8 +125,10 @@ def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, 
     resumed, again = train(tensors, tmp_path / "b", *flags, "--resume", config=config)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    best = [torch.load(r / "best.pt", weights_only=True)["epoch"] for r in (run, again)]
-    assert best[0] == best[1]
+    best, last = ([torch.load(r / file, weights_only=True) for r in (run, again)] for file in ("best.pt", "last.pt"))
+    assert best[0]["epoch"] == best[1]["epoch"]
+    for a, b in (best, last):
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert losses_of(run) == losses_of(again) and len(losses_of(run)) == 4
 
 
@@ -177,6 +184,73 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tensor
     with pytest.raises(InputError, match="learning-rate"):
         train(tensors, tmp_path, "--epochs", 2)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+# ---- the average of the weights ------------------------------------------------------------------------------------
+
+
+def test_the_average_forgets_by_the_decay_and_early_updates_sooner():
+    average, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    expected = average.weight.item()
+    for step, weight in enumerate([1.0, 2.0, 4.0, 8.0]):
+        torch.nn.init.constant_(model.weight, weight)
+        training.follow(average, model, 0.25, step)
+        decay = [1 / 10, 2 / 11, 0.25, 0.25][step]  # 3 / 12 is the decay that was asked for
+        expected = decay * expected + (1 - decay) * weight
+        assert average.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_with_an_average_the_training_is_the_same_and_the_average_is_kept(tensors, tmp_path, monkeypatch):
+    plain, _ = train(tensors, tmp_path / "a", "--epochs", 2)
+    averages, moved = [], training.follow
+
+    def follow(average, model, decay, step):
+        moved(average, model, decay, step)
+        averages.append({name: value.clone() for name, value in average.state_dict().items()})
+
+    monkeypatch.setattr(training, "follow", follow)
+    _, run = train(tensors, tmp_path / "b", "--epochs", 2, "--ema", 0.9)
+    last, best = (torch.load(run / file, weights_only=True) for file in ("last.pt", "best.pt"))
+    steps = len(averages) // 2
+    for name, value in plain.state_dict().items():
+        assert torch.equal(last["trained_model"][name], value)
+        assert torch.equal(last["model"][name], averages[-1][name])
+        assert torch.equal(best["model"][name], averages[steps * best["epoch"] - 1][name])
+
+
+def test_the_validated_network_is_the_average(tensors, tmp_path):
+    split = read_split(tensors)
+    _, run = train(tensors, tmp_path, "--epochs", 1, "--ema", 0.9)
+    model, _ = load_model(run)
+    cases = Cases(tensors, split["validation"], "ram", CPU)
+    settings = cli.settings_of(arguments(tensors), training.Settings)
+    losses, _ = training.validate(model, cases, settings, CPU)
+    row = next(csv.DictReader((run / "train.csv").open()))
+    assert float(row["validation_loss"]) == pytest.approx(losses.mean().item(), rel=1e-4)
+
+
+# ---- beginning from the weights of a run ---------------------------------------------------------------------------
+
+
+def test_a_training_begins_with_the_weights_of_a_run_and_names_them_in_its_record(tensors, begun, tmp_path):
+    first = begun / RUN
+    _, run = train(tensors, tmp_path, "--epochs", 1, "--learning-rate", 1e-12, "--init", first)
+    begun_with, trained = (torch.load(r / "best.pt", weights_only=True)["model"] for r in (first, run))
+    for name, value in begun_with.items():
+        assert torch.allclose(trained[name], value, atol=1e-6), name  # the bias of the output included
+    record = json.loads((run / "config.json").read_text())["initial_weights"]
+    checksum = zlib.crc32((first / "best.pt").read_bytes())
+    assert record["crc32"] == f"{checksum:08x}" and record["checkpoint"].endswith(f"{RUN}/best.pt")
+    assert record["epoch"] == torch.load(first / "best.pt", weights_only=True)["epoch"]
+
+
+@pytest.mark.parametrize("config", [{"channels": (4, 8, 8, 8, 8)}, SMALL | {"out_channels": 3}])
+def test_weights_of_other_settings_are_no_beginning(tensors, begun, tmp_path, config):
+    with pytest.raises(InputError, match="not what these flags ask for"):
+        train(tensors, tmp_path, "--epochs", 1, "--init", begun / RUN, config=config)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        train(tensors, tmp_path, "--epochs", 1, "--init", tmp_path / "none")
+    assert not list(tmp_path.rglob("config.json"))
 
 
 # ---- patches and regions -------------------------------------------------------------------------------------------
@@ -332,6 +406,22 @@ def test_a_run_is_not_resumed_on_other_data_or_another_split(raw, tensors, begun
     exchanged = {**split, "train": split["validation"], "validation": split["train"]}
     with pytest.raises(InputError, match="not the split"):
         train(tensors, begun, "--epochs", 2, "--fold", 1, "--resume", split=exchanged)
+
+
+def test_a_run_of_a_network_without_the_newer_settings_is_resumed(tensors, begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "old")
+    folder = tmp_path / "old" / RUN
+    last, record = torch.load(folder / "last.pt", weights_only=True), json.loads((folder / "config.json").read_text())
+    for setting in ("variant", "convolutions", "residual", "upsampling"):
+        del last["config"][setting]
+    for flag in ("augmentation", "copy_paste", "ema", "init"):
+        del record["arguments"][flag]
+    torch.save(last, folder / "last.pt")
+    (folder / "config.json").write_text(json.dumps(record))
+    for flags, named in ((["--ema", 0.9], r"--ema 0.9 \(the run: 0.0\)"), (["--augmentation", "strong"], "basic")):
+        with pytest.raises(InputError, match=named):
+            train(tensors, tmp_path / "old", "--epochs", 3, "--fold", 1, *flags, "--resume")
+    train(tensors, tmp_path / "old", "--epochs", 3, "--fold", 1, "--resume")
 
 
 def test_more_epochs_are_allowed_said_and_appended_to_the_record(tensors, tmp_path, capsys):

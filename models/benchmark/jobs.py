@@ -12,7 +12,7 @@ import torch
 from models import size_multiple
 from models.benchmark.profiling import unavoidable_values
 from models.benchmark.table import Row, is_baseline, row_name
-from models.benchmark.worker import MONAI, Job, Model, make_network, measure_profile
+from models.benchmark.worker import MONAI, Job, Model, has_monai_twin, make_network, measure_profile
 from models.brats import LABELS
 from models.cost import forward_macs, parameter_count
 from models.device import DTYPES, native_dtypes
@@ -51,7 +51,8 @@ def choose_models(
         raise InputError(f"--engines {' '.join(engines)}: MONAI's networks run in {', '.join(MONAI_ENGINES)}.")
     for name in fresh:
         if monai_engines and MONAI + name in wanted:
-            ours = [model for model in chosen if model.network == name and not model.engines]
+            ours = [model for model in chosen
+                    if model.network == name and not model.engines and has_monai_twin(model)]  # fmt: skip
             ours = ours or [fresh[name]] * bool(names)
             alike = {json.dumps(model.config): model for model in ours}  # one of MONAI's for all that are as large
             chosen += [replace(model, name=MONAI + model.name, engines=monai_engines) for model in alike.values()]

@@ -20,7 +20,7 @@ from types import MethodType
 import torch
 from monai.networks.nets import SwinUNETR, UNet
 
-from models import build_model
+from models import build_model, with_defaults
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops, profile
 from models.cases import find_cases, scheme_of
 from models.dataset import load_case
@@ -233,11 +233,19 @@ def make_network(model: Model) -> torch.nn.Module:
     return build_model(model.network, **model.config).eval()
 
 
+def has_monai_twin(model: Model) -> bool:
+    """Whether MONAI has a network of these settings."""
+    config = with_defaults(model.network, model.config)
+    return config["variant"] == "monai" if model.network == "unet" else config["use_attention"]
+
+
 def monai_twin(model: torch.nn.Module) -> torch.nn.Module:
     """MONAI's own class, as it comes, with the weights of ours."""
-    keys = {"unet": model.config.keys(),
+    keys = {"unet": ("in_channels", "out_channels", "channels", "strides", "num_res_units"),
             "swinunetr": ("in_channels", "out_channels", "feature_size", "window_size", "depths", "num_heads")}
     config = {key: model.config[key] for key in keys[model.network]}
+    if model.network == "swinunetr":
+        config["use_v2"] = model.config["v2"]
     twin = {"unet": UNet, "swinunetr": SwinUNETR}[model.network](spatial_dims=3, **config)
     twin.load_state_dict(model.state_dict(), strict=True)
     twin.network, twin.config = MONAI + model.network, config

@@ -15,6 +15,9 @@ DEFAULTS = {
     "attention": "auto",  # "reference" | "sdpa" | "auto"
     "checkpointing": "none",  # "none" | "blocks" | "full": what is recomputed in the backward pass to save memory
     "legacy_merging": False,  # the patch order of MONAI before 1.5, for weights that were trained with it
+    "v2": False,  # a residual block of convolutions before each stage
+    "drop_path": 0.0,  # how often the last block's branches are left out in training; the first block's never are
+    "use_attention": True,  # False: the blocks are MLPs alone, to see what attention is worth
 }
 SIZE_MULTIPLE = 32  # five halvings
 

@@ -69,8 +69,8 @@ def load_monai_weights(
 ) -> tuple[nn.Module, dict]:
     """The network of a MONAI checkpoint file in evaluation mode, its input channels in our order, and the checkpoint.
 
-    Feature size, window size, depths, heads and output channels are read off the weights. Say `legacy_merging=False`
-    for weights that were trained with MONAI 1.5 or later.
+    Feature size, window size, depths, heads, output channels and V2 are read off the weights. Say
+    `legacy_merging=False` for weights that were trained with MONAI 1.5 or later.
     """
     try:
         with torch.serialization.safe_globals(NUMPY_GLOBALS):
@@ -103,6 +103,7 @@ def settings_of(weights: dict[str, Tensor]) -> dict:
         "window_size": round(tokens ** (1 / 3)),
         "depths": tuple(depths),
         "num_heads": tuple(num_heads),
+        "v2": any(name.startswith("swinViT.layers1c.") for name in weights),
     }
 
 

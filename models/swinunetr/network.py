@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
+from models.swinunetr.convolutions import Decoder, Encoder, OutputHead, ResidualBlock
 from models.swinunetr.window_attention import ATTENTION, KERNELS, WindowAttention
 
 CHECKPOINTING = ("none", "blocks", "full")
 SIDE = 32  # voxels: the patch embedding and four mergings halve every side five times
-SLOPE = 0.01  # of the leaky ReLU below zero
-EPSILON = 1e-5  # added to every variance
 
 # The eight neighbours that a merged token is made of, as (D, H, W) parities in the order of MONAI's PatchMerging. Up
 # to MONAI 1.4 two of them were taken twice and two never; published weights of that time need the same mistake.
@@ -51,13 +50,17 @@ class SwinUNETR(nn.Module):
         attention: str = "auto",
         checkpointing: str = "none",
         legacy_merging: bool = False,
+        v2: bool = False,
+        drop_path: float = 0.0,
+        use_attention: bool = True,
     ):
         super().__init__()
-        _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing)
+        _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing, drop_path)
         self.checkpointing = checkpointing
         c = feature_size
-        swin = {"window_size": window_size, "attention": attention, "legacy_merging": legacy_merging}
-        self.swinViT = SwinTransformer(in_channels, c, depths, num_heads, checkpointing != "none", **swin)
+        block = {"window_size": window_size, "attention": attention, "use_attention": use_attention}
+        stage = {"recompute": checkpointing != "none", "legacy_merging": legacy_merging, **block}
+        self.swinViT = SwinTransformer(in_channels, c, depths, num_heads, v2, drop_path, **stage)
         self.encoder1 = Encoder(in_channels, c)
         self.encoder2 = Encoder(c, c)
         self.encoder3 = Encoder(2 * c, 2 * c)
@@ -124,7 +127,7 @@ def refuse_bad_sides(sides):
             )
 
 
-def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing):
+def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing, drop_path):
     if feature_size < 12 or feature_size % 12:
         raise InputError(f"feature_size {feature_size}: must be a multiple of 12, such as 12, 24, 36 or 48.")
     if window_size < 2:
@@ -135,6 +138,8 @@ def _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention
         if feature_size * 2**stage % heads:
             channels = feature_size * 2**stage
             raise InputError(f"num_heads {tuple(num_heads)}: {heads} heads cannot share {channels} channels.")
+    if not 0 <= drop_path < 1:
+        raise InputError(f"drop_path {drop_path}: must be at least 0 and below 1; 0.1 is usual.")
     _refuse_unknown("attention", attention, ATTENTION)
     _refuse_unknown("checkpointing", checkpointing, CHECKPOINTING)
 
@@ -148,20 +153,32 @@ def _refuse_unknown(setting: str, value: str, known: tuple[str, ...]):
 
 
 class SwinTransformer(nn.Module):
-    """Image [B, 4, D, H, W] -> five feature maps, [B, C, D/2, H/2, W/2] down to [B, 16C, D/32, H/32, W/32]."""
+    """Image [B, 4, D, H, W] -> five feature maps, [B, C, D/2, H/2, W/2] down to [B, 16C, D/32, H/32, W/32].
 
-    def __init__(self, in_channels, dim, depths, num_heads, recompute, window_size, attention, legacy_merging):
+    With `v2`, convolutions come before each stage (He et al. 2023, doi 10.1007/978-3-031-43901-8_40).
+    """
+
+    def __init__(self, in_channels, dim, depths, num_heads, v2, drop_path, recompute, **stage):
         super().__init__()
+        self.v2, self.recompute = v2, recompute
         self.patch_embed = PatchEmbedding(in_channels, dim)
-        for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
-            layer = SwinStage(dim * 2**stage, depth, heads, recompute, window_size, attention, legacy_merging)
-            setattr(self, f"layers{stage + 1}", nn.ModuleList([layer]))
+        rates = [drop_path * block / max(1, sum(depths) - 1) for block in range(sum(depths))]  # the deeper, the higher
+        for index, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            own, rates = rates[:depth], rates[depth:]
+            layer = SwinStage(dim * 2**index, heads, own, recompute, **stage)
+            setattr(self, f"layers{index + 1}", nn.ModuleList([layer]))
+        for index in range(len(depths) if v2 else 0):
+            setattr(self, f"layers{index + 1}c", nn.ModuleList([Encoder(dim * 2**index, dim * 2**index)]))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.patch_embed(image)  # tokens [B, D/2, H/2, W/2, C]
         levels = [_feature_map(x)]
-        for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):
-            x = stage(x)  # half the sides, twice the channels
+        for number in (1, 2, 3, 4):
+            if self.v2:
+                convolutions = getattr(self, f"layers{number}c")[0]
+                x = run(convolutions, x.permute(0, 4, 1, 2, 3), recompute=self.recompute and self.training)
+                x = x.permute(0, 2, 3, 4, 1)
+            x = getattr(self, f"layers{number}")[0](x)  # half the sides, twice the channels
             levels.append(_feature_map(x))
         return levels
 
@@ -185,12 +202,12 @@ class PatchEmbedding(nn.Module):
 class SwinStage(nn.Module):
     """Swin blocks, plain and shifted in turn, then patch merging: [B, D, H, W, C] -> [B, D/2, H/2, W/2, 2C]."""
 
-    def __init__(self, dim, depth, num_heads, recompute, window_size, attention, legacy_merging):
+    def __init__(self, dim, num_heads, drop_rates, recompute, legacy_merging, **block):
         super().__init__()
         self.recompute = recompute
         self.blocks = nn.ModuleList(
-            SwinBlock(dim, num_heads, window_size, shifted=index % 2 == 1, attention=attention)
-            for index in range(depth)
+            SwinBlock(dim, num_heads, shifted=index % 2 == 1, drop_rate=rate, **block)
+            for index, rate in enumerate(drop_rates)
         )
         self.downsample = PatchMerging(dim, legacy_merging)
 
@@ -201,18 +218,32 @@ class SwinStage(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); tokens [B, D, H, W, C] keep their shape."""
+    """x + attention(norm(x)), or x alone without attention, then x + mlp(norm(x)); tokens [B, D, H, W, C] keep their
+    shape. In training either sum is left out with the probability `drop_rate`."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, shifted: bool, attention: str):
+    def __init__(self, dim, num_heads, shifted, drop_rate, window_size, attention, use_attention):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window_size, shifted, attention)
+        self.drop_rate = drop_rate
+        if use_attention:
+            self.norm1 = nn.LayerNorm(dim)
+            self.attn = WindowAttention(dim, num_heads, window_size, shifted, attention)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        drop_rate = self.drop_rate if self.training else 0.0
+        if hasattr(self, "attn"):
+            x = x + drop_path(self.attn(self.norm1(x)), drop_rate)
+        return x + drop_path(self.mlp(self.norm2(x)), drop_rate)
+
+
+def drop_path(branch: Tensor, rate: float) -> Tensor:
+    """A residual branch [B, ...], zero in a random share of the samples and scaled up in the others to the same mean
+    (Huang et al. 2016, arXiv:1603.09382)."""
+    if rate == 0:
+        return branch
+    kept = branch.new_empty(len(branch), *[1] * (branch.dim() - 1)).bernoulli_(1 - rate)
+    return branch * kept.div_(1 - rate)
 
 
 class MLP(nn.Module):
@@ -239,136 +270,3 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         neighbours = [x[:, d::2, h::2, w::2] for d, h, w in self.order]  # the sides are even: 32 divides the image
         return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
-
-
-# ---- the convolutional encoder and decoder -------------------------------------------------------------------------
-
-
-class Conv(nn.Module):
-    """A convolution without bias that keeps the size; a module of its own only so that it is named as in MONAI."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.conv) if self.conv.kernel_size == (1, 1, 1) else self.conv(x)
-
-
-def pointwise(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """A 1x1x1 convolution [B, I, D, H, W] -> [B, O, D, H, W]: with channels last, a linear layer on every voxel."""
-    return F.linear(x.permute(0, 2, 3, 4, 1), conv.weight.flatten(1), conv.bias).permute(0, 4, 1, 2, 3)
-
-
-def join(x: Tensor, y: Tensor) -> Tensor:
-    """[B, I, D, H, W] and [B, J, D, H, W] -> [B, I + J, D, H, W]; two strided copies, faster than torch.cat here."""
-    if torch.compiler.is_exporting():  # onnxruntime and OpenVINO would scatter numbers one by one
-        return torch.cat((x, y), 1)
-    joined = torch.empty((*x.permute(0, 2, 3, 4, 1).shape[:4], x.shape[1] + y.shape[1]), dtype=x.dtype, device=x.device)
-    joined[..., : x.shape[1]] = x.permute(0, 2, 3, 4, 1)
-    joined[..., x.shape[1] :] = y.permute(0, 2, 3, 4, 1)
-    return joined.permute(0, 4, 1, 2, 3)
-
-
-class UpConv(nn.Module):
-    """A transposed convolution that doubles every side: [B, I, D, H, W] -> [B, O, 2D, 2H, 2W]."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3x3 convolutions with instance norm, and a shortcut: [B, I, D, H, W] -> [B, O, D, H, W]."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv1 = Conv(in_channels, out_channels, 3)
-        self.conv2 = Conv(out_channels, out_channels, 3)
-        if in_channels != out_channels:
-            self.conv3 = Conv(in_channels, out_channels, 1)
-        self._kernel = None  # fused norm, addition and ReLU; see set_kernels
-
-    def set_kernels(self, kind: str):
-        """As in WindowAttention."""
-        self._kernel = None
-        if kind == "triton":
-            from models.swinunetr.triton_norm import instance_norm_leaky_relu  # triton is an optional package
-
-            self._kernel = instance_norm_leaky_relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._kernel is not None:
-            y = self.conv2(self._kernel(self.conv1(x)))
-            has_conv3 = hasattr(self, "conv3")
-            return self._kernel(y, self.conv3(x) if has_conv3 else x, has_conv3)
-        y = F.leaky_relu_(instance_norm(self.conv1(x)), SLOPE)
-        y = instance_norm(self.conv2(y))
-        shortcut = instance_norm(self.conv3(x)) if hasattr(self, "conv3") else x
-        return F.leaky_relu_(y.add_(shortcut), SLOPE)
-
-
-def instance_norm(x: Tensor) -> Tensor:
-    """[B, C, D, H, W] with mean 0 and variance 1 over the voxels of every channel of every sample (no learned scale).
-
-    The mean is subtracted before anything is squared: E[x^2] - E[x]^2, which torch's own kernels use when channels are
-    last, loses too many digits in channels whose mean is large beside their spread.
-    """
-    if x.dtype in (torch.bfloat16, torch.float16):  # kernels that count in float32 are exact enough for these
-        normed = [torch.batch_norm(sample, None, None, None, None, True, 0.0, EPSILON, True) for sample in x.split(1)]
-        return normed[0] if len(normed) == 1 else torch.cat(normed)
-    voxels = (2, 3, 4)
-    if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():  # a compiler fuses these steps
-        variance, mean = torch.var_mean(x, voxels, correction=0, keepdim=True)  # each [B, C, 1, 1, 1]
-        scale = (variance + EPSILON).rsqrt()
-        return torch.addcmul(-mean * scale, x, scale)
-    # Without gradients x, which is the fresh result of a convolution, can be overwritten.
-    flat = x.sub_(_means(x)).flatten(2)  # [B, C, V]
-    squares = torch.bmm(flat, flat.transpose(1, 2)).diagonal(dim1=1, dim2=2)  # [B, C]; the fastest sum on a CPU
-    return x.mul_((squares / flat.shape[2] + EPSILON).rsqrt()[..., None, None, None])
-
-
-def _means(x: Tensor) -> Tensor:
-    """The mean over the voxels of [B, C, D, H, W], [B, C, 1, 1, 1]; eight neighbours at a time, because rows of C
-    values are too short for torch to sum them fast."""
-    group = 8 if x.shape[2:].numel() % 8 == 0 else 1
-    rows = x.permute(0, 2, 3, 4, 1).reshape(len(x), -1, group * x.shape[1])  # [B, V / 8, 8 C]
-    return rows.mean(1).view(len(x), group, -1).mean(1)[..., None, None, None]
-
-
-class Encoder(nn.Module):
-    """A residual block on a skip connection: [B, I, D, H, W] -> [B, O, D, H, W]."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.layer = ResidualBlock(in_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Decoder(nn.Module):
-    """x [B, I, D, H, W] is enlarged and joined with skip [B, O, 2D, 2H, 2W]: -> [B, O, 2D, 2H, 2W]."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.transp_conv = UpConv(in_channels, out_channels)
-        self.conv_block = ResidualBlock(2 * out_channels, out_channels)
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.conv_block(join(self.transp_conv(x), skip))
-
-
-class OutputHead(nn.Module):
-    """A logit for every class and voxel: [B, C, D, H, W] -> [B, out_channels, D, H, W]."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Module()  # only so that the parameters are named as in MONAI
-        self.conv.conv = nn.Conv3d(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.conv.conv)

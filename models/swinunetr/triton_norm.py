@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise InputError("the fused instance norm needs the package triton: pip install triton.") from error
 
-SLOPE = tl.constexpr(0.01)  # of the leaky ReLU below zero, as in models.swinunetr.network
+SLOPE = tl.constexpr(0.01)  # of the leaky ReLU below zero, as in models.swinunetr.convolutions
 EPSILON = tl.constexpr(1e-5)  # added to every variance
 
 TILE = 2048  # elements of [voxels, channels] that a program handles at a time
