@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(RUN) view_interactive_4pane_brats.py demo/tensors/BraTS2021_00000.pt --save demo/preprocessed_case.png
 	$(RUN) train_unet.py demo/tensors --epochs 32 --learning-rate 3e-3 --run-name demo
 	$(RUN) train_swinunetr.py demo/tensors --feature-size 12 --window-size 4 --epochs 7 --learning-rate 3e-3 --run-name demo
-	$(RUN) evaluate.py models/unet/results/demo models/swinunetr/results/demo --raw demo/raw --ensemble \
+	$(RUN) evaluate.py models/unet/results/demo models/swinunetr/results/demo --ensemble \
 		--save-nifti demo/predictions --out demo/comparison
 	@echo; echo "Pictures and tables of this demo:"
 	@find demo models/*/results/demo -name '*.png' -o -name '*.csv' -o -name 'summary.json' | sort | sed 's/^/  /'

@@ -46,7 +46,7 @@ def main():
         with (clone / "demo/comparison/comparison.csv").open(newline="") as file:
             for run in csv.DictReader(file):
                 if run["model"] in ("unet", "swinunetr"):
-                    dice = {region: float(run[f"dice_network_{region}"]) for region in REGIONS}
+                    dice = {region: float(run[f"dice_{region}"]) for region in REGIONS}
                     row |= {f"{run['model']}_{region}": value for region, value in dice.items()}
                     row[f"{run['model']}_mean"] = sum(dice.values()) / len(dice)
     print(row)
