@@ -119,8 +119,6 @@ def plan(runs: list[Run], data: Path | None, split: str | None, ensemble: bool) 
         entries.append(Entry(name, f"cases, cross-validated in {len(group)} folds", tuple(parts)))
         if ensemble:
             folder, cases = choose_cases(group, data, "test")
-            if not cases:
-                raise InputError(f"--ensemble: {folder} has no test cases to score the folds on together.")
             entries.append(Entry(f"{name}-{ENSEMBLE}", "test cases", (Part(tuple(group), cases, folder),)))
     return entries
 
@@ -155,6 +153,9 @@ def choose_cases(runs: list[Run], data: Path | None, split: str) -> tuple[Path, 
         if checksum != first_checksum:
             raise InputError(f"{run.folder} was trained on {folder} and {runs[0].folder} on {first_folder}: say which "
                              "with --data.")  # fmt: skip
+    if not cases:
+        raise InputError(f"{first_folder}: has no {split} cases (--test-share 0). Score the folds of a cross-validation "
+                         "together, or say which cases with --split or --cases.")  # fmt: skip
     return first_folder, tuple(cases)
 
 
