@@ -1,5 +1,6 @@
 """Small BraTS-like cases on disk, and a way to run the scripts as a user does."""
 
+import csv
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RUN = "models/unet/results/first"  # what the fixture `trained` makes
 LPS = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]], float)  # as BraTS 2018-2021 has it
 NAMES = {
     "brats2021": "{case}/{case}_{role}.nii.gz",
@@ -126,3 +128,19 @@ def real_cases() -> Path:
     if not folder:
         pytest.skip("BRATS_REAL_CASES names no folder of real cases")
     return Path(folder)
+
+
+def read(table: Path) -> list[dict]:
+    """The rows of a CSV file."""
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tensors, tmp_path_factory):
+    """A folder in which train_unet.py has made the run RUN, in float32: an engine rounds in other
+    places than the autocast of the training."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_script("train_unet.py", tensors, "--epochs", 2, "--run-name", "first", "--amp", "off", cwd=folder)
+    assert "minutes" in result.stdout
+    return folder

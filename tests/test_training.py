@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
-from models import build_model, cli, plots, refuse_unfit_size, runs, training
+from models import build_model, cli, files, plots, refuse_unfit_size, runs, training
 from models.dataset import Cases, input_size, load_case, read_split
 from models.device import device_name
 from models.errors import InputError
@@ -48,7 +48,8 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
     if args.init and not args.resume:
         runs.load_initial_weights(model, args.init)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "ROOT", folder)
+        for module in (runs, files):
+            patch.setattr(module, "ROOT", folder)
         run = runs.choose_folder(network, args.run_name)
         with runs.locked(run):
             earlier = runs.record_to_resume(run, model, vars(args), split)

@@ -154,8 +154,8 @@ def choose_cases(runs: list[Run], data: Path | None, split: str) -> tuple[Path, 
             raise InputError(f"{run.folder} was trained on {folder} and {runs[0].folder} on {first_folder}: say which "
                              "with --data.")  # fmt: skip
     if not cases:
-        raise InputError(f"{first_folder}: has no {split} cases (--test-share 0). Score the folds of a cross-validation "
-                         "together, or say which cases with --split or --cases.")  # fmt: skip
+        raise InputError(f"{first_folder}: has no {split} cases (--test-share 0). Score the folds of a cross-"
+                         "validation together, or say which cases with --split or --cases.")  # fmt: skip
     return first_folder, tuple(cases)
 
 
