@@ -110,6 +110,20 @@ def test_every_convolution_multiplies_8_bits(engine, cache):
     assert stored == {openvino.Type.i8}
 
 
+@pytest.mark.slow
+def test_a_network_with_attention_is_quantised_too(tmp_path, monkeypatch):
+    """Random weights decide for no label, so the logits are compared."""
+    torch.manual_seed(0)
+    swin = build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1)).eval()
+    monkeypatch.setattr(quantisation, "AGREEMENT", 0)
+    monkeypatch.setattr(quantisation, "TUMOUR_AGREEMENT", 0)
+    image = torch.rand(SHAPE)
+    logits = load(swin, [image[0]], tmp_path)(image)
+    with torch.no_grad():
+        expected = swin(image)
+    assert (logits - expected).std() < 0.05 * expected.std()
+
+
 def test_nothing_is_printed_to_stdout(unet, run, tmp_path, engine, cache, capfd):
     copy_of_the_export(cache, tmp_path)
     load(unet, calibration_images(run)[:1], tmp_path)

@@ -76,11 +76,17 @@ def _write_int8(exported: Path, path: Path, calibration: Sequence[Tensor], shape
     with redirect_stdout(io.StringIO()):  # its log and progress bars
         import nncf  # an optional package
         import openvino  # an optional package
+        from openvino.passes import ConstantFolding, Manager  # an optional package
 
-        images = nncf.Dataset(calibration, lambda one: as_input(one, shape).numpy())
-        preset = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric; those of PReLU are not
         network = openvino.Core().read_model(exported)
-        network = nncf.quantize(network, images, preset=preset, subset_size=len(calibration))
+        folding = Manager()
+        folding.register_pass(ConstantFolding())  # nncf fails on position biases that are looked up in their table
+        folding.run_passes(network)
+        images = nncf.Dataset(calibration, lambda one: as_input(one, shape).numpy())
+        # Of this kind, only what convolutions and matrix products take is rounded, and not sums and norms. The U-Net,
+        # too, is more exact and faster so.
+        kind = nncf.ModelType.TRANSFORMER
+        network = nncf.quantize(network, images, subset_size=len(calibration), model_type=kind)
     openvino.save_model(network, path, compress_to_fp16=False)
 
 
