@@ -190,11 +190,10 @@ def test_v2_is_that_of_monai():
         assert (ours(image) - theirs(image)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_gradients_of_v2_with_dropped_branches_are_those_of_monai(checkpointing):
+def test_gradients_of_v2_with_dropped_branches_are_those_of_monai():
     """Both draw the branches that they leave out in the same order from the same generator; the rates are eighths,
-    which float32, in which MONAI keeps them, has exactly."""
-    theirs, ours = (model.double().train() for model in v2_pair(0.875, checkpointing=checkpointing))
+    which float32, in which MONAI keeps them, has exactly. Computing activations again draws nothing anew."""
+    theirs, ours = (model.double().train() for model in v2_pair(0.875, checkpointing="full"))
     image, weight = torch.randn(2, 2, 4, 32, 64, 32, dtype=torch.float64)
     for model in (theirs, ours):
         torch.manual_seed(5)
