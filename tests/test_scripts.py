@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 from conftest import ROOT, run_script, write_raw_case
 from PIL import Image
 
+import preprocess_brats
 from models import build_model
+from models.errors import InputError
 from models.runs import load_model, open_run
 
 SCRIPTS = ["view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py",
@@ -428,6 +431,21 @@ def test_regions_on_patches_of_native_z_scores(native, tmp_path, script):
     assert opened.preprocessing == {"size": None, "spacing_mm": 1.0, "normalize": "zscore"}
     assert opened.size == [32, 32, 32] and opened.config["out_channels"] == 3
     assert (run / "test_prediction_overlay.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "compact", "gigabytes"),
+    [(128, 1.0, False, 5.0), (128, 1.0, True, 1.9), (None, 1.0, False, 8.2), (None, 2.0, True, 0.4)],
+)
+def test_a_disk_that_is_too_small_for_a_hundred_cases_is_refused_first(monkeypatch, size, spacing, compact, gigabytes):
+    """24 bytes a voxel, or 9; what a native case takes is estimated."""
+    args = SimpleNamespace(size=size, spacing=spacing, compact=compact, out="OUT")
+    free = gigabytes * 1e9 + 0.06e9
+    monkeypatch.setattr(preprocess_brats.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    preprocess_brats.refuse_full_disk(args, 100)
+    free -= 0.12e9
+    with pytest.raises(InputError, match=f"100 cases need {gigabytes} GB"):
+        preprocess_brats.refuse_full_disk(args, 100)
 
 
 def test_native_cases_are_made_again_where_cubes_were(raw, tmp_path):
