@@ -183,7 +183,11 @@ def stages() -> list[str]:
         rows = read(f"{TESTS}/small_convolutions.csv", "device", **wanted)
         work = f"{'4 evaluate' if work == 'inference' else '3 train'}: U-Net, {work}, {side}³, batch {batch}"
         lines.append(timed(work, "small_convolutions.csv", rows, "ours_s", {"times_faster": "torch's convolutions"}))
-    return table(f"stage, {', '.join(SETS)}, comparison, memory, source", [*lines, *swinunetr()])
+    rows = read(f"{TESTS}/evaluation_cohort.csv", cases="126")
+    memory = f"{float(rows[-1]['main_process_peak_mib']) / 1024:.1f} GiB, 126 cases"
+    work = "4 evaluate: a case besides the network"
+    evaluation = timed(work, "evaluation_cohort.csv", rows, "outside_s_per_case", {}, memory, "instruction_set")
+    return table(f"stage, {', '.join(SETS)}, comparison, memory, source", [*lines, *swinunetr(), evaluation])
 
 
 def preprocessing() -> list[str]:
