@@ -171,16 +171,19 @@ def exported(swin, image, cache):
     return next(cache.glob("*.pt2")), logits
 
 
+@pytest.mark.slow
 def test_an_exported_network_labels_alike(swin, image, exported):
     assert agreement(swin, load_exported(exported[0]), image) >= 0.999
 
 
+@pytest.mark.slow
 def test_an_exported_file_holds_no_operator_of_ours(exported):
     with zipfile.ZipFile(exported[0]) as archive:
         contents = [archive.read(name) for name in archive.namelist()]
     assert not any(b"brats::" in content or b"swinunetr::" in content for content in contents)
 
 
+@pytest.mark.slow
 def test_an_exported_network_runs_without_the_model_code(image, exported, tmp_path):
     torch.save(image, tmp_path / "image")
     code = ("import sys, torch, torch._inductor\n"
@@ -194,6 +197,7 @@ def test_an_exported_network_runs_without_the_model_code(image, exported, tmp_pa
     torch.testing.assert_close(torch.load(tmp_path / "logits"), exported[1])
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_used_again_and_never_for_other_weights(swin, image, cache, exported, monkeypatch):
     def compiles(*_, **__):
         raise RuntimeError("compiles again")
@@ -218,6 +222,7 @@ def rewritten(path, target, **changes):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), [("torch", "2.0.1"), ("machine", "a toaster")])
 def test_a_file_made_by_another_torch_or_machine_is_refused(exported, tmp_path, key, value):
     path = rewritten(exported[0], tmp_path / "other.pt2", **{key: value})

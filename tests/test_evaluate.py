@@ -59,6 +59,7 @@ def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, r
     assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_saved_predictions_are_those_of_the_run_that_made_them(trained, raw):
     """Any folder of raw cases is predicted; what was written is read and scored like the label maps of others."""
     flags = "--label-values", "brats2023", "--allow-trained-on"
@@ -100,6 +101,7 @@ def test_nobody_is_scored_on_what_it_was_trained_on_unless_told_to(trained, raw)
     assert marked == trained_on
 
 
+@pytest.mark.slow
 def test_folds_are_scored_together_each_on_what_it_has_not_seen(trained, tensors):
     for fold in (0, 1):
         run_script("train_unet.py", tensors, "--fold", fold, "--epochs", 1, "--run-name", f"cv-fold{fold}",

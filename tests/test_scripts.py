@@ -306,6 +306,7 @@ def test_native_cases_are_made_again_where_cubes_were(raw, tmp_path):
     assert "other settings (size 16, now native)" in result.stdout
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_line_and_status_2(trained, raw, tensors, native, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -366,6 +367,7 @@ def test_usage_errors_name_the_flag():
         assert done.returncode == 2 and flag in done.stderr and value in done.stderr
 
 
+@pytest.mark.slow
 def test_the_real_road_writes_everything(real_cases, tmp_path):
     """Raw cases of a real data set to scores and pictures, as the README shows it."""
     run_script("preprocess_brats.py", real_cases, "tensors", "--size", 32, cwd=tmp_path)

@@ -133,6 +133,7 @@ def test_four_epochs_equal_two_and_a_resumed_two_bit_for_bit(tensors, tmp_path, 
     assert losses_of(run) == losses_of(again) and len(losses_of(run)) == 4
 
 
+@pytest.mark.slow
 def test_one_case_can_be_learnt_by_heart(tensors, tmp_path):
     name = read_split(tensors)["train"][0]
     split = {"train": [name] * 8, "validation": [name], "test": [name]}
@@ -452,6 +453,7 @@ def test_a_resumed_run_keeps_the_number_type_that_auto_chose(tensors, tmp_path, 
     assert open_run(tmp_path / RUN).amp == "off"
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_another_network(tensors, tmp_path):
     flags = ["--feature-size", 12, "--window-size", 2, "--epochs", 1, "--run-name", "swin"]
     run_script("train_swinunetr.py", tensors, *flags, cwd=tmp_path)
