@@ -108,8 +108,8 @@ def add_engine_argument(parser):
                         choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino",
                                  "openvino-int8"),
                         help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "
-                             "this CPU, else the modules; openvino-int8: faster still, but no longer the network as "
-                             "trained: rounded to 8 bits, calibrated with the training cases of the run")
+                             "this CPU, else the modules; openvino-int8: the network rounded to 8 bits, calibrated "
+                             "with the training cases of the run: faster, and not quite as it was trained")
 
 
 # ---- training flags ------------------------------------------------------------------------------------------------

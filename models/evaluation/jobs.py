@@ -122,8 +122,8 @@ def of_runs(options: Options, device: torch.device) -> Work:
     def predict(entry: Entry, part: Part, item: Item) -> Job:
         for run in part.runs:
             if run.checkpoint not in members:  # an engine takes time to make
-                network = networks[run.checkpoint]
-                members[run.checkpoint] = ready(run, network, input_shape(part), options, device)
+                network, its_run = networks[run.checkpoint], replace(run, data=part.data or run.data)
+                members[run.checkpoint] = ready(its_run, network, input_shape(part), options, device)
         checkpoints = tuple(run.checkpoint for run in part.runs)
         together = [members[checkpoint] for checkpoint in checkpoints]
         if options.small_et and checkpoints not in thresholds_ml:
