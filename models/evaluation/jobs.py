@@ -40,7 +40,7 @@ from models.evaluation.scoring import Job
 from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
 from models.inference.engines import choose_engine
-from models.inference.predict import Member, member_of, predict_all
+from models.inference.predict import Member, accumulators_gib, member_of, predict_all
 from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
 from models.losses import region_probabilities
 from models.metrics import confusion, dice_per_target, volumes_per_target
@@ -124,6 +124,7 @@ def of_runs(options: Options, device: torch.device) -> Work:
             if run.checkpoint not in members:  # an engine takes time to make
                 network, its_run = networks[run.checkpoint], replace(run, data=part.data or run.data)
                 members[run.checkpoint] = ready(its_run, network, input_shape(part), options, device)
+                say_windows(run, members[run.checkpoint], item)
         checkpoints = tuple(run.checkpoint for run in part.runs)
         together = [members[checkpoint] for checkpoint in checkpoints]
         if options.small_et and checkpoints not in thresholds_ml:
@@ -177,6 +178,15 @@ def recorded_raw(data: Path) -> Path:
 def nifti_folder(options: Options, entries: list[Entry], entry: Entry) -> Path | None:
     """Where the predictions of an entry go: a folder for each where there are several."""
     return options.save_nifti and (options.save_nifti / entry.name if len(entries) > 1 else options.save_nifti)
+
+
+def say_windows(run: Run, member: Member, item: Item):
+    """Where a run predicts in windows, how, and what memory their sums take."""
+    shape = tuple(item.image.shape[1:])
+    if member.window not in (None, shape):
+        gib = accumulators_gib(shape, run.config.get("out_channels", 4))
+        print(f"{run.name}: windows of {' x '.join(map(str, member.window))} voxels, overlap {member.overlap:g}; their "
+              f"sums take {gib:.2f} GiB on the device for {' x '.join(map(str, shape))} voxels.")
 
 
 def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device) -> Member:
