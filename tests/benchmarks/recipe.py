@@ -41,19 +41,21 @@ from models.runs import load_model, open_run, read_record
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "recipe.csv"
-COMMON = "--batch-size 2 --amp bf16"  # flags of all variants, before their own
+COMMON = "--batch-size 2 --amp bf16 --learning-rate 3e-3"  # flags of all variants, before their own
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 SWIN = "--feature-size 12 --window-size 4"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
-    "baseline-3e-3": ("train_unet.py", "--learning-rate 3e-3"),
+    "baseline-1e-3": ("train_unet.py", "--learning-rate 1e-3"),
+    "baseline-batch-1": ("train_unet.py", "--batch-size 1"),
     "baseline-regions": ("train_unet.py", "--regions"),
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-8": ("train_unet.py", FULL_8),
+    "full-8-1e-3": ("train_unet.py", f"{FULL_8} --learning-rate 1e-3"),
     "full-8-residual": ("train_unet.py", f"{FULL_8} --residual"),
     "full-8-trilinear": ("train_unet.py", f"{FULL_8} --upsampling trilinear"),
     "full-8-one": ("train_unet.py", f"{FULL_8} --convolutions 1 1 2 2 2"),
@@ -64,10 +66,10 @@ VARIANTS = {  # name: training script, its flags
     "full-8-paste": ("train_unet.py", f"{FULL_8} --copy-paste 0.3"),
     "full-8-ema": ("train_unet.py", f"{FULL_8} --ema 0.99"),
     "folded-8": ("train_unet.py", FOLDED_8),
-    "folded-8-3e-3": ("train_unet.py", f"{FOLDED_8} --learning-rate 3e-3"),
     "folded-8-one": ("train_unet.py", f"{FOLDED_8} --convolutions 1 1 2 2 2"),
     "folded-8-narrow": ("train_unet.py", "--variant space-to-depth --channels 8 24 48 96 192 --residual"),
     "swin": ("train_swinunetr.py", SWIN),
+    "swin-1e-3": ("train_swinunetr.py", f"{SWIN} --learning-rate 1e-3"),
     "swin-v2": ("train_swinunetr.py", f"{SWIN} --v2"),
     "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --drop-path 0.1 --weight-decay 0.05"),
     "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-attention"),
