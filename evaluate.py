@@ -27,7 +27,8 @@ from models.errors import InputError
 def arguments():
     parser = cli.parser(__doc__)
     what = parser.add_argument_group("what is scored")
-    what.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a trained run, or its checkpoint")
+    what.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a trained run, or its "
+                      "checkpoint; or unet, swinunetr: the weights that come with the project")
     what.add_argument("--split", choices=("test", "validation", "train"),
                       help="which preprocessed cases (default: test; for folds, those that each has not seen)")
     what.add_argument("--data", type=Path, help="preprocessed cases (default: those that the run was trained on)")

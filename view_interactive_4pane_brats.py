@@ -30,7 +30,9 @@ def arguments():
     predicted = parser.add_mutually_exclusive_group()
     predicted.add_argument("--prediction", type=Path, metavar="NIFTI",
                            help="a predicted label map on the grid of the case to start at")
-    predicted.add_argument("--run", type=Path, help="folder of a trained run, or its checkpoint: segment with it")
+    predicted.add_argument("--run", type=Path,
+                           help="segment with a trained run (its folder or checkpoint), or with the weights that come "
+                                "with the project: unet, swinunetr")
     parser.add_argument("--prediction-labels", choices=LABEL_SCHEMES,
                         help="what the label values of --prediction mean (default: the same as those of the case)")
     parser.add_argument("--labels", choices=LABEL_SCHEMES,

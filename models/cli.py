@@ -80,6 +80,10 @@ def folder_name(text: str) -> str:
     return text
 
 
+def fold_name(text: str) -> int | str:
+    return text if text == "all" else natural(text)
+
+
 def _number(text, kind, fits, wanted):
     try:
         value = kind(text)
@@ -120,7 +124,9 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     data = parser.add_argument_group("data")
     data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
                       help="folder made by preprocess_brats.py")
-    data.add_argument("--fold", type=natural, help="train and validate on this cross-validation fold of splits.json")
+    data.add_argument("--fold", type=fold_name, metavar="K|all",
+                      help="train and validate on this cross-validation fold of splits.json; all: on every case that "
+                           "is not for testing, for weights to hand on (that validates nothing: use last.pt)")
     data.add_argument("--patch", type=positive_int,
                       help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
                            "two around tumour, instead of whole cases; cases of --size native need it")
@@ -164,8 +170,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime.add_argument("--run-name", type=folder_name,
                          help="folder below models/<network>/results/ (default: the date and time)")
     runtime.add_argument("--init", metavar="RUN",
-                         help="start from the weights of this run of the same network (its folder, or a checkpoint), "
-                              "not from random ones")
+                         help="start from the weights of this run of the same network (its folder, or a checkpoint; or "
+                              "unet, swinunetr: those that come with the project), not from random ones")
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
                               "and what changes the speed alone may differ from what it began with")

@@ -113,8 +113,9 @@ def input_size(data: Path, split: dict[str, list[str]], patch: int | None = None
 # ---- splits --------------------------------------------------------------------------------------------------------
 
 
-def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]]:
-    """Case names of `train`, `validation` and `test` of a preprocessed folder; with `fold`, those of that fold."""
+def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, list[str]]:
+    """Case names of `train`, `validation` and `test` of a preprocessed folder; with `fold`, those of that fold, or of
+    "all": everything that is not for testing, both to train and to validate on."""
     path = Path(data) / "splits.json"
     if not path.is_file():
         if Path(data, "manifest.json").is_file():
@@ -126,6 +127,9 @@ def read_split(data: str | Path, fold: int | None = None) -> dict[str, list[str]
     splits = json.loads(path.read_text())
     if fold is None:
         return {name: splits[name] for name in ("train", "validation", "test")}
+    if fold == "all":
+        both = splits["train"] + splits["validation"]
+        return {"train": both, "validation": both, "test": splits["test"]}
     if fold >= len(splits["folds"]):
         raise InputError(f"--fold {fold}: {path} has the folds 0 to {len(splits['folds']) - 1}.")
     return {**splits["folds"][fold], "test": splits["test"]}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from models import build_model, cost, with_defaults
+from models import NETWORKS, build_model, cost, with_defaults
 from models.brats import MODALITIES
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
@@ -66,7 +66,7 @@ def open_run(path: str | Path) -> Run:
     checkpoint = load_checkpoint(checkpoint_file, mmap=True)
     folder = checkpoint_file.resolve().parent
     record = read_record(folder)
-    data = record.get("arguments", {}).get("data")
+    data, fold = (record.get("arguments", {}).get(flag) for flag in ("data", "fold"))
     return Run(
         name=folder.name,
         folder=checkpoint_file.parent,
@@ -81,7 +81,7 @@ def open_run(path: str | Path) -> Run:
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
-        fold=record.get("arguments", {}).get("fold"),
+        fold=fold if isinstance(fold, int) else None,
     )
 
 
@@ -123,8 +123,16 @@ def load_initial_weights(model, path: str | Path):
     load_weights(model, load_checkpoint(path), path)
 
 
+def pretrained_checkpoint(network: str) -> Path:
+    """The weights of this network that come with the project (see models/pretrained.py)."""
+    return ROOT / "models" / network / "results" / "pretrained" / "best.pt"
+
+
 def _checkpoint_file(path: str | Path) -> Path:
+    """Of a run's folder its best.pt; of a network's name the weights that come with the project."""
     path = Path(path)
+    if str(path) in NETWORKS and not (path / "best.pt").exists():
+        return pretrained_checkpoint(str(path))
     return path / "best.pt" if path.is_dir() else path
 
 

@@ -22,13 +22,14 @@ FLOORS = [
      "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "cost", "surfaces", "lesions", "metrics", "plots"},
+    {"losses", "runs", "training", "pretrained", "cost", "surfaces", "lesions", "metrics", "plots"},
     {"inference"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},
 ]
 NETWORKS = FLOORS[2]
-COMMANDS = {"models.swinunetr.import_weights"}  # scripts in all but their place: nothing imports them
+# Scripts in all but their place: nothing imports them.
+COMMANDS = {"models.pretrained", "models.swinunetr.import_weights"}
 MAX_DELAYED_IMPORTS = 5
 
 

@@ -247,6 +247,13 @@ def test_two_visits_of_a_patient_stay_together_through_the_script(tmp_path):
     assert all(len(part) % 2 == 0 for part in splits.values())
 
 
+def test_all_trains_on_everything_that_is_not_for_testing(tensors):
+    split = read_split(tensors)
+    everything = read_split(tensors, "all")
+    assert everything["test"] == split["test"]
+    assert set(everything["train"]) == set(everything["validation"]) == {*split["train"], *split["validation"]}
+
+
 def test_every_process_trains_on_its_share_and_as_often_as_the_others():
     shares = [epoch_order(10, seed=0, epoch=3, rank=rank, world_size=4) for rank in range(4)]
     assert {len(share) for share in shares} == {3}

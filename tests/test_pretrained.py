@@ -1,0 +1,36 @@
+"""Weights to hand on: made from a run, found by the name of their network."""
+
+import pytest
+import torch
+from conftest import RUN, run_script
+
+from models.errors import InputError
+from models.pretrained import half_checkpoint
+from models.runs import load_model, open_run
+
+
+def test_weights_of_a_run_are_found_by_the_name_of_their_network(trained, raw, tmp_path):
+    run_script("-m", "models.pretrained", (trained / RUN / "last.pt").resolve(), cwd=tmp_path)
+    (made,) = tmp_path.glob("models/*/results/pretrained/best.pt")
+    assert made.stat().st_size < 0.55 * (trained / RUN / "best.pt").stat().st_size
+    original, last = load_model(trained / RUN / "last.pt")
+    handed_on, _ = load_model(made)
+    for weight, half in zip(original.parameters(), handed_on.parameters(), strict=True):
+        assert torch.allclose(weight, half, rtol=1e-3, atol=1e-7)
+    assert open_run(made).epoch == last["epoch"] and open_run(made).split == open_run(trained / RUN).split
+    picture = tmp_path / "case.png"
+    result = run_script("view_interactive_4pane_brats.py", raw / "BraTS2021_00000", "--run", "unet", "--save", picture,
+                        cwd=tmp_path)  # fmt: skip
+    assert picture.is_file() and "Dice" in result.stdout
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused():
+    checkpoint = {"format": 1, "model": {"good": torch.ones(2), "output.bias": torch.tensor([1e6])}}
+    with pytest.raises(InputError, match=r"output.bias: .* 1e\+06"):
+        half_checkpoint(checkpoint)
+
+
+def test_weights_that_are_not_there_are_refused_in_one_line(raw, tmp_path):
+    result = run_script("view_interactive_4pane_brats.py", raw / "BraTS2021_00000", "--run", "swinunetr", "--save",
+                        tmp_path / "case.png", cwd=tmp_path, status=2)  # fmt: skip
+    assert "pretrained/best.pt" in result.stderr
