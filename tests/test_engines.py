@@ -356,6 +356,28 @@ def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
     assert engines.engine_name(again) == faster
 
 
+@pytest.mark.skipif(why_not("openvino", "float32", CPU, torch.nn.Identity()) is not None, reason="no openvino")
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_signal_after_openvino_sessions_were_freed_reaches_its_handler(tmp_path):
+    """It ended the process while every session had a core of its own: the first one that was freed took the stack for
+    signal handlers with it."""
+    program = f"""
+import os, signal
+import openvino, openvino.opset13 as operations, torch
+from pathlib import Path
+from models.inference.exports import openvino_session
+given = operations.parameter([1, 4, 8, 8, 8])
+openvino.save_model(openvino.Model([operations.relu(given)], [given]), {str(tmp_path / "relu.xml")!r})
+image = torch.rand(1, 4, 8, 8, 8)
+first, second = (openvino_session(Path({str(tmp_path / "relu.xml")!r}), image, "float32") for _ in range(2))
+del first, second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "handled\n", result.stderr
+
+
 def test_without_openvino_the_modules_predict(unet, tmp_path, monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path) is unet

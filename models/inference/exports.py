@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -112,17 +113,25 @@ def _onnx_session(path: Path, image: Tensor, dtype: str) -> Callable:
     return run_on_gpu
 
 
-def openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
-    """What runs the network of an `.onnx` or an `.xml` file in this type, on a CPU."""
+@cache
+def openvino_core():
+    """The only one of this process, and never freed: its CPU plugin gives the thread that makes it a stack for signal
+    handlers. Had a second one its own, freeing them in another order would leave the thread with a freed stack, and the
+    next signal, be it a Ctrl-C, would end the process."""
     import openvino  # an optional package
 
+    return openvino.Core()
+
+
+def openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
+    """What runs the network of an `.onnx` or an `.xml` file in this type, on a CPU."""
     settings = {
         # Without this hint OpenVINO computes in bf16 wherever the processor has it; of int8, what is not quantised.
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16", "int8": "f32"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda image: torch.from_numpy(request.infer([image.contiguous().numpy()], share_inputs=True)[0])
 
 

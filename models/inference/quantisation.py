@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from models.dataset import load_case
 from models.errors import InputError
-from models.inference.exports import openvino_session
+from models.inference.exports import openvino_core, openvino_session
 from models.losses import labels_from_logits
 from models.runs import Run
 
@@ -78,7 +78,7 @@ def _write_int8(exported: Path, path: Path, calibration: Sequence[Tensor], shape
         import openvino  # an optional package
         from openvino.passes import ConstantFolding, Manager  # an optional package
 
-        network = openvino.Core().read_model(exported)
+        network = openvino_core().read_model(exported)
         folding = Manager()
         folding.register_pass(ConstantFolding())  # nncf fails on position biases that are looked up in their table
         folding.run_passes(network)
