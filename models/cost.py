@@ -4,13 +4,14 @@ Nothing is computed and no GPU is needed, so a training script can say what it w
 """
 
 import weakref
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from models.losses import make_loss
 
@@ -53,20 +54,39 @@ def training_peak_gib(model, shape, amp_dtype: torch.dtype | None) -> float:
     kernels use inside and never hand out, such as the workspaces of cuDNN, is not seen.
     """
     model = _on_meta(model).train()
-    _run_as_on_cuda(model, amp_dtype or torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss = make_loss()
     live = LiveMemory()
     for parameter in model.parameters():
         live.follow(parameter)
-    for _ in range(2):
+    for step in _steps_on_meta(model, shape, amp_dtype):
         with live:
-            image = torch.empty(shape, device="meta")
-            label = torch.zeros((shape[0], 1, *shape[2:]), dtype=torch.long, device="meta")
-            loss(model(image).float(), label).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
     return live.peak / GIB
+
+
+def training_work(model, shape, amp_dtype: torch.dtype | None) -> list[tuple[int, int]]:
+    """(FLOP, bytes) of every operation of a training step with AdamW and our loss, on a batch of `shape`: what it
+    computes, and what it reads and writes where each reads its inputs from memory and writes its result there."""
+    work = Work()
+    first, second = _steps_on_meta(_on_meta(model).train(), shape, amp_dtype)
+    first()  # it makes the optimiser's moments
+    with work:
+        second()
+    return work.operations
+
+
+def _steps_on_meta(model, shape, amp_dtype: torch.dtype | None) -> list[Callable[[], None]]:
+    """Two training steps, to be called in turn, of a network on the meta device."""
+    _run_as_on_cuda(model, amp_dtype or torch.float32)
+    optimizer, loss = torch.optim.AdamW(model.parameters()), make_loss()
+
+    def step():
+        image = torch.empty(shape, device="meta")
+        label = torch.zeros((shape[0], 1, *shape[2:]), dtype=torch.long, device="meta")
+        loss(model(image).float(), label).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return [step, step]
 
 
 def _on_meta(model):
@@ -102,6 +122,23 @@ class LiveMemory(TorchDispatchMode):
 
         self.now += size
         self.storages[address] = weakref.ref(storage, freed)
+
+
+class Work(TorchDispatchMode):
+    """While active, lists the (FLOP, bytes) of each operation; one whose result is a view does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            count = flop_registry.get(func.overloadpacket)
+            flop = count(*args, **(kwargs or {}), out_val=result) if count else 0
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.operations.append((flop, sum(tensor.nbytes for tensor in tensors)))
+        return result
 
 
 class MetaAutocast(TorchFunctionMode):
