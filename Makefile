@@ -1,4 +1,5 @@
-# `make demo` and `make test` set themselves up in .venv and need no data, no GPU and no questions.
+# `make demo` and `make test` set themselves up in .venv and need no data, no GPU and no questions. With
+# BRATS_REAL_CASES=FOLDER both use the real cases of that folder, too.
 PYTHON ?= python3
 RUN = .venv/bin/python
 
@@ -9,10 +10,13 @@ demo: .venv/ready
 	rm -rf demo models/unet/results/demo models/swinunetr/results/demo
 	$(RUN) -m models.phantom demo/raw --cases 16
 	$(RUN) view_interactive_4pane_brats.py demo/raw --save demo/case.png
+	$(RUN) view_interactive_4pane_brats.py demo/raw --run unet --save demo/case_by_weights_from_patients.png
+	[ -z "$$BRATS_REAL_CASES" ] || \
+		$(RUN) view_interactive_4pane_brats.py "$$BRATS_REAL_CASES" --run unet --save demo/patient_by_unet.png
 	$(RUN) preprocess_brats.py demo/raw demo/tensors --size 64
 	$(RUN) view_interactive_4pane_brats.py demo/tensors/BraTS2021_00000.pt --save demo/preprocessed_case.png
-	$(RUN) train_unet.py demo/tensors --epochs 32 --learning-rate 3e-3 --run-name demo
-	$(RUN) train_swinunetr.py demo/tensors --feature-size 12 --window-size 4 --epochs 7 --learning-rate 3e-3 --run-name demo
+	$(RUN) train_unet.py demo/tensors --epochs 32 --run-name demo
+	$(RUN) train_swinunetr.py demo/tensors --feature-size 12 --window-size 4 --epochs 7 --run-name demo
 	$(RUN) evaluate.py models/unet/results/demo models/swinunetr/results/demo --ensemble \
 		--save-nifti demo/predictions --out demo/comparison
 	@echo; echo "Pictures and tables of this demo:"

@@ -155,7 +155,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     optimisation.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
     optimisation.add_argument("--accumulate", type=positive_int, default=1,
                               help="steps whose gradients make one update: a larger batch in the same memory")
-    optimisation.add_argument("--learning-rate", type=positive_float, default=1e-3, help="peak, after the warm-up")
+    optimisation.add_argument("--learning-rate", type=positive_float, default=3e-3, help="peak, after the warm-up")
     optimisation.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
     optimisation.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
     optimisation.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")

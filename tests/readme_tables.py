@@ -9,6 +9,7 @@ import csv
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 
@@ -18,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.evaluation.statistics import mean_interval  # noqa: E402
+from tests.benchmarks import recipe  # noqa: E402
 
 README = ROOT / "README.md"
 TESTS = "tests/benchmarks/results"
 ENGINES = "models/benchmark/results"
 REAL_RUN = "models/unet/results/real-64"
-FOLDS = "models/unet/results/real-96-fold0"
+FOLDS = "models/unet/results/real-96-fold0"  # holds the cross-validation of both networks
+NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
 COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
@@ -145,11 +148,12 @@ def headlines() -> list[str]:
     trained, tested = (len(config["split"][part]) for part in ("train", "test"))
     demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
     folds = read(f"{FOLDS}/evaluation-cross-validation/per_case.csv")
-    means = {f"{measure}_{region}": fmean(float(row[measure]) for row in folds if row["target"] == region)
-             for measure in ("dice", "lesion2026_dice") for region in REGIONS}  # fmt: skip
+    means = {(network, region): fmean(float(row["dice"]) for row in folds
+                                      if row["run"].startswith(network) and row["target"] == region)
+             for network in NETWORKS for region in REGIONS}  # fmt: skip
+    unet, transformer = (dice({region: means[network, region] for region in REGIONS}, "") for network in NETWORKS)
     lines = [
-        ["Dice of the U-Net on 12 real cases, cross-validated at 96³, mean", dice(means, "dice_"),
-         f"per lesion, BraTS 2026: {dice(means, 'lesion2026_dice_')}",
+        ["Dice on 12 real cases, cross-validated at 96³, mean", f"U-Net: {unet}", f"Swin UNETR: {transformer}",
          source(f"{FOLDS}/evaluation-cross-validation/per_case.csv", [commit_of(FOLDS)])],
         [f"Dice on {tested} real test case{'s' * (tested > 1)}, after training on {trained} at {config['size'][0]}³",
          f"Swin UNETR: {runs['swinunetr']}", f"U-Net: {runs['unet']}",
@@ -212,21 +216,78 @@ def swinunetr() -> list[list[str]]:
 
 def cross_validation() -> list[str]:
     path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
-    rows = read(path)
-    lines = []
-    for target in REGIONS:
-        cells = []
-        for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
-            values = [float(row[measure]) for row in rows if row["target"] == target and row[measure]]
-            low, high = mean_interval(np.array(values)) if values else (0, 0)
-            digits = 1 if measure.endswith("_mm") and not measure.startswith("nsd") else 3
-            interval = "" if measure == "ceiling_dice" else f" ({low:.{digits}f}-{high:.{digits}f})"
-            cells.append(f"{fmean(values):.{digits}f}{interval}" if values else "-")
-        lines.append([target, *cells])
-    lines[0].append(source(path, [commit_of(FOLDS)]))
-    lines = [line + [""] * (8 - len(line)) for line in lines]
+    rows, lines = read(path), []
+    for network, run in product(NETWORKS, sorted({row["run"] for row in rows}, reverse=True)):
+        if not run.startswith(network):
+            continue
+        link = source(path, [commit_of(FOLDS.replace("unet", network, 1))])
+        for target in REGIONS:
+            cells = []
+            for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
+                chosen = [row[measure] for row in rows if (row["run"], row["target"]) == (run, target) and row[measure]]
+                values = np.array(chosen, float)
+                digits = 1 if measure == "hd95_mm" else 3
+                interval = "" if measure == "ceiling_dice" else " ({:.{d}f}-{:.{d}f})".format(*mean_interval(values),
+                                                                                              d=digits)  # fmt: skip
+                cells.append(f"{values.mean():.{digits}f}{interval}")
+            lines.append([f"{NETWORKS[network]}, {target}", *cells, link if target == REGIONS[0] else ""])
     return table("mean of 12 cases (95 % interval), Dice, ceiling, HD95 in mm, NSD at 1 mm, lesion Dice of 2026, "
                  "lesion Dice of 2023, source", lines)  # fmt: skip
+
+
+def weights() -> list[str]:
+    """What comes with the project, and the scores of the same training cross-validated."""
+    path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
+    rows, lines = read(path), []
+    for network, name in NETWORKS.items():
+        folder = f"models/{network}/results/pretrained"
+        record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
+        epochs, side = record["arguments"]["epochs"], record["size"][0]
+        means = {region: fmean(float(row["dice"]) for row in rows
+                               if row["run"].startswith(network) and row["target"] == region) for region in REGIONS}
+        lines.append([
+            f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
+            f"{(ROOT / folder / 'best.pt').stat().st_size / 1e6:.1f} MB",
+            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs", dice(means, ""),
+            f"[card]({folder}/MODEL_CARD.md) `{record['git_commit'][:7]}`",
+        ])  # fmt: skip
+    return table("name, network, file, trained on, Dice of the same training cross-validated, more", lines)
+
+
+def factors() -> list[str]:
+    """What changes of the training are worth; the first line is the default."""
+    path, variants = f"{TESTS}/recipe.csv", {}
+    for row in read(path, data="real64cv", epochs="40"):
+        variants.setdefault(row["variant"], []).append(row)
+    scores = {variant: recipe.scores_of(rows) for variant, rows in variants.items()}
+    lines = []
+    for variant, rows in sorted(variants.items(), key=lambda item: item[0] != "baseline"):
+        seeds, flags = {row["seed"] for row in rows}, rows[0]["flags"].removeprefix(recipe.COMMON).strip()
+        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
+        cells = [f"{mean:.3f}" for mean in recipe.means(np.array(list(scores[variant].values())))]
+        compared = "-"
+        if variant != "baseline":
+            change, (low, high), better, count = recipe.difference(scores["baseline"], scores[variant])
+            compared = f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
+        lines.append([f"{network} `{flags}`" if flags else f"**{network}, default**", str(len(seeds)), *cells, compared,
+                      f"{float(rows[0]['gmac']):.1f}", seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
+    lines = [[*line, source(path, variants["baseline"]) if not index else ""] for index, line in enumerate(lines)]
+    return table("U-Net or Swin UNETR, seeds, labels, WT, TC, ET, difference of labels (95 % interval) and better in, "
+                 "GMAC, step, source", lines)  # fmt: skip
+
+
+def scaling() -> list[str]:
+    path, lines = f"{TESTS}/scaling.csv", []
+    rows = [row for row in read(path) if row["hours_a_fold"]]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        cells = []
+        for network in NETWORKS:
+            (row,) = (row for row in rows if (row["network"], row["device"]) == (network, device))
+            fits = "" if float(row["needed_gib"]) < float(row["memory_gib"]) else ", too little memory"
+            cells += [seconds(float(row["computed_step_ms"]) / 1e3), f"{float(row['hours_a_fold']):.1f} h{fits}"]
+        lines.append([device, *cells])
+    lines = [[*line, source(path, rows) if not index else ""] for index, line in enumerate(lines)]
+    return table("GPU, U-Net: step, 200 epochs, Swin UNETR: step, 300 epochs, source", lines)
 
 
 def engines() -> list[str]:
@@ -253,7 +314,8 @@ def engines() -> list[str]:
                  "equal labels, files to label map, source", lines)  # fmt: skip
 
 
-TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation)}
+TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights, factors,
+                                           scaling)}  # fmt: skip
 
 
 def main() -> str | None:

@@ -174,7 +174,7 @@ def test_wherever_the_cases_are_kept_the_training_is_the_same(tensors, tmp_path)
 def test_the_record_of_a_run_is_complete(tensors, tmp_path):
     _, run = train(tensors, tmp_path, "--epochs", 1, "--fold", 2, split=read_split(tensors, 2))
     config = json.loads((run / "config.json").read_text())
-    assert config["arguments"]["learning_rate"] == 1e-3 and config["arguments"]["fold"] == 2
+    assert config["arguments"]["learning_rate"] == 3e-3 and config["arguments"]["fold"] == 2
     assert config["split"] == read_split(tensors, 2)
     assert len(config["data_manifest_sha256"]) == 64 and config["size"] == [32, 32, 32]
     row = next(csv.DictReader((run / "train.csv").open()))
@@ -619,7 +619,7 @@ def test_the_first_ten_losses_are_those_that_are_committed(tensors, tmp_path, mo
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train(tensors, tmp_path, "--epochs", 1, network=network, config=config)
+        train(tensors, tmp_path, "--epochs", 1, "--learning-rate", 1e-3, network=network, config=config)
         machine = f"{device_name(CPU)}, torch {torch.__version__}"
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""What --init is worth for somebody with few cases: the Dice after a short training from three kinds of weights.
+
+  python preprocess_brats.py REAL DATA --size 64 --folds 4 --test-share 0
+  python -m models.phantom PHANTOMS --cases 32
+  python preprocess_brats.py PHANTOMS PHANTOM_DATA --size 64 --test-share 0
+  python tests/benchmarks/initial_weights.py DATA PHANTOM_DATA
+
+Of each fold of DATA, its own cases are scored and those of the next fold are what somebody has: the U-Net is trained on
+these alone for --epochs epochs, from random weights, from weights that were trained on the patients of the other folds,
+and from weights that were trained on phantoms, which no scan went into. The weights themselves are scored, too.
+Interrupted, it goes on with the next training. Each scored case adds a row per target to the CSV.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+from csv_rows import append_rows
+from recipe import ROOT, dice_of_cases, difference, means, scores_of
+
+from models.brats import LABELS, TARGETS
+from models.dataset import load_case
+from models.device import choose_device, device_name
+from models.files import git_commit
+
+RESULTS = Path(__file__).parent / "results" / "initial_weights.csv"
+RUNS = ROOT / "models" / "unet" / "results"
+WEIGHTS_EPOCHS = 40  # of the trainings that make the weights
+STARTS = ("random", "phantoms", "patients")
+
+
+def subset(data: Path, name: str, train: list[str], scored: list[str]) -> Path:
+    """A data set of links to the cases of another, with this split. The scored cases are those that are validated on;
+    what counts is the last epoch, on which they have no influence."""
+    folder = data.parent / f"{data.name}-{name}"
+    folder.mkdir(exist_ok=True)
+    for path in data.glob("*.pt"):
+        if not (folder / path.name).exists():
+            os.symlink(path.resolve(), folder / path.name)
+    (folder / "manifest.json").write_text((data / "manifest.json").read_text())
+    split = {"train": train, "validation": scored, "test": []}
+    (folder / "splits.json").write_text(json.dumps(split | {"folds": [split]}))
+    return folder
+
+
+def train(data: Path, name: str, epochs: int, seed: int, *flags: str) -> Path:
+    """Train, unless that is done; returns the last checkpoint."""
+    last = RUNS / name / "last.pt"
+    command = [sys.executable, "train_unet.py", data.resolve(), "--epochs", epochs, "--seed", seed, "--run-name", name,
+               "--amp", "bf16", *flags, *["--resume"] * last.exists()]  # fmt: skip
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{result.stderr[-3000:]}")
+    return last
+
+
+def rows_of(checkpoint: Path, data: Path, scored: list[str], described: dict) -> list[dict]:
+    device = choose_device("auto")
+    dice, rows = dice_of_cases(checkpoint, data, scored, device), []
+    for case in scored:
+        label = load_case(data / f"{case}.pt")["label"]
+        for target, values in TARGETS.items():
+            voxels = int(torch.isin(label, torch.tensor(values)).sum())
+            rows.append(described | {"case": case, "target": target, "true_voxels": voxels,
+                                     "dice_last": dice[case][target], "device": device_name(device),
+                                     "commit": git_commit(), "date": time.strftime("%Y-%m-%d")})  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("phantoms", type=Path, help="preprocessed phantoms")
+    parser.add_argument("--epochs", type=int, default=10, help="of the short trainings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    folds = [fold["validation"] for fold in json.loads((args.data / "splits.json").read_text())["folds"]]
+    weights = {"phantoms": train(args.phantoms, "init-phantoms", WEIGHTS_EPOCHS, args.seed)}
+    for fold, scored in enumerate(folds):
+        own, others = folds[(fold + 1) % len(folds)], [case for other in folds for case in other]
+        others = [case for case in others if case not in (*own, *scored)]
+        there = subset(args.data, f"others{fold}", others, scored)
+        weights["patients"] = train(there, f"init-patients{fold}", WEIGHTS_EPOCHS, args.seed)
+        here = subset(args.data, f"own{fold}", own, scored)
+        for start in STARTS:
+            described = {"start": start, "epochs": args.epochs, "seed": args.seed, "fold": fold, "own": len(own)}
+            init = ["--init", str(weights[start])] if start in weights else []
+            last = train(here, f"init-{start}-e{args.epochs}-s{args.seed}-own{fold}", args.epochs, args.seed, *init)
+            append_rows(args.csv, rows_of(last, here, scored, described))
+            if init:
+                append_rows(args.csv, rows_of(weights[start], here, scored, described | {"epochs": 0, "own": 0}))
+    print_table(list(csv.DictReader(args.csv.open(newline=""))))
+
+
+def print_table(rows: list[dict]):
+    """A line per kind of weights; the differences are those of the mean label Dice to random weights."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["start"], row["epochs"]), []).append(row)
+    scores = {key: scores_of(chosen) for key, chosen in groups.items()}
+    print(f"{'weights':10} epochs   {len(LABELS)} labels     WT     TC     ET")
+    for (start, epochs), each in scores.items():
+        print(f"{start:10} {epochs:>6}  " + "".join(f"{mean:7.3f}" for mean in means(np.array(list(each.values())))))
+        if start != "random":
+            change, (low, high), better, count = difference(next(iter(scores.values())), each)
+            print(f"{'':18} {change[0]:+.3f} [{low[0]:+.3f}, {high[0]:+.3f}]; better in {better} of {count} cases")
+
+
+if __name__ == "__main__":
+    main()
