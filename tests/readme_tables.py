@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""The tables of README.md, generated from committed CSV files: what stands between `<!-- table: NAME -->` and
-`<!-- end -->` there is what the function of that name returns here.
+"""The tables of README.md and of the model cards, generated from committed CSV files: what stands between
+`<!-- table: NAME -->` and `<!-- end -->` there is what the function of that name returns here.
 
   python tests/readme_tables.py        (writes them anew; a table whose CSV is missing is named and left as it is)
 """
@@ -9,7 +9,7 @@ import csv
 import json
 import re
 import sys
-from itertools import product
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -214,21 +214,19 @@ def swinunetr() -> list[list[str]]:
     return lines
 
 
-def cross_validation() -> list[str]:
+def cross_validation(*networks: str) -> list[str]:
+    """Of all networks, or of those named."""
     path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
     rows, lines = read(path), []
-    for network, run in product(NETWORKS, sorted({row["run"] for row in rows}, reverse=True)):
-        if not run.startswith(network):
-            continue
+    for network in networks or NETWORKS:
         link = source(path, [commit_of(FOLDS.replace("unet", network, 1))])
         for target in REGIONS:
+            chosen = [row for row in rows if row["run"].startswith(network) and row["target"] == target]
             cells = []
             for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
-                chosen = [row[measure] for row in rows if (row["run"], row["target"]) == (run, target) and row[measure]]
-                values = np.array(chosen, float)
-                digits = 1 if measure == "hd95_mm" else 3
-                interval = "" if measure == "ceiling_dice" else " ({:.{d}f}-{:.{d}f})".format(*mean_interval(values),
-                                                                                              d=digits)  # fmt: skip
+                values = np.array([row[measure] for row in chosen if row[measure]], float)
+                (low, high), digits = mean_interval(values), 1 if measure == "hd95_mm" else 3
+                interval = "" if measure == "ceiling_dice" else f" ({low:.{digits}f}-{high:.{digits}f})"
                 cells.append(f"{values.mean():.{digits}f}{interval}")
             lines.append([f"{NETWORKS[network]}, {target}", *cells, link if target == REGIONS[0] else ""])
     return table("mean of 12 cases (95 % interval), Dice, ceiling, HD95 in mm, NSD at 1 mm, lesion Dice of 2026, "
@@ -243,8 +241,8 @@ def weights() -> list[str]:
         folder = f"models/{network}/results/pretrained"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
         epochs, side = record["arguments"]["epochs"], record["size"][0]
-        means = {region: fmean(float(row["dice"]) for row in rows
-                               if row["run"].startswith(network) and row["target"] == region) for region in REGIONS}
+        chosen = [row for row in rows if row["run"].startswith(network)]
+        means = {region: fmean(float(row["dice"]) for row in chosen if row["target"] == region) for region in REGIONS}
         lines.append([
             f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
             f"{(ROOT / folder / 'best.pt').stat().st_size / 1e6:.1f} MB",
@@ -318,15 +316,23 @@ TABLES = {make.__name__: make for make in (commands, headlines, stages, engines,
                                            scaling)}  # fmt: skip
 
 
+CARDS = {  # model card -> its one table
+    ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {"scores": partial(cross_validation, network)}
+    for network in NETWORKS
+}
+
+
 def main() -> str | None:
-    text, missing = README.read_text(encoding="utf-8"), []
-    for opening, name, old, end in BLOCK.findall(text):
-        try:
-            new = "".join(f"{line}\n" for line in TABLES[name]())
-            text = text.replace(opening + old + end, opening + new + end)
-        except FileNotFoundError as error:
-            missing.append(f"README.md, table {name}: {error.filename} is missing.")
-    README.write_text(text, encoding="utf-8")
+    missing = []
+    for file, tables in ({README: TABLES} | CARDS).items():
+        text = file.read_text(encoding="utf-8")
+        for opening, name, old, end in BLOCK.findall(text):
+            try:
+                new = "".join(f"{line}\n" for line in tables[name]())
+                text = text.replace(opening + old + end, opening + new + end)
+            except FileNotFoundError as error:
+                missing.append(f"{file.name}, table {name}: {error.filename} is missing.")
+        file.write_text(text, encoding="utf-8")
     return "\n".join(missing) or None  # goes to stderr, exit status 1
 
 
