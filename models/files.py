@@ -4,24 +4,54 @@ import csv
 import io
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str]):
-    """Write to a temporary name beside `path` and rename: a file with its final name is whole. The parts of an iterable
-    are written as they come, so that they need not all be in memory."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write and read that is called `path` once it is whole and on the disk, and has a temporary name beside
+    it until then: whatever kills the process, or the computer, leaves the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            for part in [data] if isinstance(data, bytes | memoryview | str) else data:
-                file.write(part.encode() if isinstance(part, str) else part)
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the new name, or a power failure could leave that with nothing behind it
         os.replace(temporary, path)
+        _write_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_names(folder: Path):
+    """Have the names of its files on the disk, too."""
+    if os.name == "nt":  # cannot open a folder
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_temporaries(folder: Path, pattern: str = "*"):
+    """What killed processes were writing there under `whole_file`; nobody may be writing now."""
+    for temporary in folder.glob(f".{pattern}.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str]):
+    """Write a `whole_file`. The parts of an iterable are written as they come, so that they need not all be in
+    memory."""
+    with whole_file(path) as file:
+        for part in [data] if isinstance(data, bytes | memoryview | str) else data:
+            file.write(part.encode() if isinstance(part, str) else part)
 
 
 def write_csv(path: Path, rows: list[dict]):
