@@ -156,10 +156,11 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
                 next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
     except BaseException:
         stop(pool, out)
+        write_manifest(file, manifest, durable=False)  # nobody waits for a busy disk after Ctrl-C
         raise
     finally:
         progress.close()
-        write_manifest(file, manifest)
+    write_manifest(file, manifest)
     pool.shutdown()
     return failures
 

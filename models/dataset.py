@@ -45,7 +45,7 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
         if "label" in case:
             stored["label"] = case["label"].to(torch.uint8)
     checksum = 0
-    with whole_file(path) as file:
+    with whole_file(path, durable=False) as file:  # it can be made again
         torch.save(stored, file)
         file.seek(0)
         while part := file.read(2**20):

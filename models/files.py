@@ -13,18 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write and read that is called `path` once it is whole and on the disk, and has a temporary name beside
-    it until then: whatever kills the process, or the computer, leaves the old file or the new one."""
+def whole_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write and read that is called `path` once it is whole, and has a temporary name beside it until then:
+    whatever kills the process leaves the old file or the new one. So does a power failure, if it is `durable`: that
+    waits for the disk, seconds where it is busy."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the new name, or a power failure could leave that with nothing behind it
+            if durable:  # before it gets the name, or that could be left with nothing behind it
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _write_names(path.parent)
+        if durable:
+            _write_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,10 +49,10 @@ def remove_temporaries(folder: Path, pattern: str = "*"):
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str]):
+def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str], durable: bool = True):
     """Write a `whole_file`. The parts of an iterable are written as they come, so that they need not all be in
     memory."""
-    with whole_file(path) as file:
+    with whole_file(path, durable) as file:
         for part in [data] if isinstance(data, bytes | memoryview | str) else data:
             file.write(part.encode() if isinstance(part, str) else part)
 

@@ -89,9 +89,9 @@ def _changes(old: dict, new: dict, when: str) -> str:
     return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
 
 
-def write_manifest(path: Path, manifest: dict):
+def write_manifest(path: Path, manifest: dict, durable: bool = True):
     manifest["cases"] = dict(sorted(manifest["cases"].items()))
-    write_atomically(path, json.dumps(manifest, indent=1))
+    write_atomically(path, json.dumps(manifest, indent=1), durable)
 
 
 def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]] | list[int]:
