@@ -45,16 +45,17 @@ def arguments():
 
 def main() -> int:
     args = arguments()
-    from models import build_model, refuse_unfit_size, runs, training
-    from models.dataset import input_size, read_split
+    from models import build_model, final_test, refuse_unfit_size, runs, training
+    from models.dataset import input_size, read_split, refuse_leaks
 
     split = read_split(args.data, args.fold)
+    refuse_leaks(args.data, split)
     size = input_size(args.data, split, args.patch)
     config = {"out_channels": 3 if args.regions else 4, "feature_size": args.feature_size,
               "window_size": args.window_size, "attention": args.attention, "checkpointing": args.checkpointing,
               "v2": args.v2, "drop_path": args.drop_path, "use_attention": not args.no_attention}
     refuse_unfit_size("swinunetr", config, size, args.data, args.patch)
-    device = training.setup(args.device, args.seed)
+    device = training.setup(args.device, args.seed, args.deterministic)
     model = build_model("swinunetr", **config)
     if args.init and not args.resume:
         runs.load_initial_weights(model, args.init)
@@ -65,8 +66,8 @@ def main() -> int:
         settings = training.resolve(settings, model, size, split, device, earlier)
         runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)
         minutes = training.fit(model, settings, split, folder, device, args.resume)
-        dice = training.test(model, settings, split, folder, device)
-    training.report(folder, split, dice, minutes)
+        dice = final_test.test(model, settings, split, folder, device)
+    final_test.report(folder, split, dice, minutes)
     return 0
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from dataclasses import fields
@@ -13,14 +14,16 @@ from models.errors import InputError, InputWarning
 
 def run(main):
     """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable command or input (one
-    line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of ours is not caught
-    (traceback, 1)."""
+    line, no traceback unless --debug), 3 done but some cases failed, 128 and the signal's number where one ended it
+    (130: Ctrl-C); an error of ours is not caught (traceback, 1)."""
     warnings.showwarning = _show_warning
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number, text = error.args or (signal.SIGINT, "Interrupted.")
+        if text:
+            print(text, file=sys.stderr)
+        sys.exit(128 + number)
     except BrokenPipeError:  # `| head` closed the pipe: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -166,6 +169,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
 
     runtime = parser.add_argument_group("runtime and output")
     add_device_arguments(runtime)
+    runtime.add_argument("--deterministic", action="store_true",
+                         help="two runs on one machine are equal to the last bit, on a GPU too, where it costs speed")
     runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
     runtime.add_argument("--run-name", type=folder_name,
                          help="folder below models/<network>/results/ (default: the date and time)")
@@ -173,8 +178,11 @@ def add_training_arguments(parser: argparse.ArgumentParser):
                          help="start from the weights of this run of the same network (its folder, or a checkpoint; or "
                               "unet, swinunetr: those that come with the project), not from random ones")
     runtime.add_argument("--resume", action="store_true",
-                         help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
+                         help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
                               "and what changes the speed alone may differ from what it began with")
+    runtime.add_argument("--save-minutes", type=positive_float, default=10.0,
+                         help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
+                              "SIGTERM and SIGUSR1 save at once")
 
 
 def settings_of(args: argparse.Namespace, kind: type):

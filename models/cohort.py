@@ -23,6 +23,8 @@ from tqdm import tqdm
 from models.brats import MODALITIES, SCHEME_USERS, describe_scheme
 from models.cases import LAYOUTS, Case, scheme_of
 from models.errors import InputError, InputWarning
+from models.files import remove_temporaries
+from models.interruption import SIGNALS, ignore_signals, raise_on_signals
 from models.labels import to_training_labels
 from models.manifest import write_manifest
 from models.nifti import to_ras
@@ -51,7 +53,7 @@ def describe(cases: list[Case], raw: Path) -> dict[str, int]:
 def start_worker():
     import torch  # here and below, for the workers alone
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    ignore_signals()  # they are the main process's to answer
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the workers share the cores among themselves
 
@@ -122,7 +124,7 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
     comes; returns case -> reason for those that failed."""
     workers = min(workers, len(todo))
     failures, running, waiting, next_writing = {}, {}, iter(todo), time.monotonic() + MANIFEST_EVERY_S
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and torchrun stop a process with it
+    raise_on_signals(once=True)
     # "spawn" starts clean interpreters on every platform; a fork would copy the locks of numerical libraries
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
     progress = tqdm(total=len(todo), unit="case")
@@ -154,19 +156,20 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
                 next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
     except BaseException:
         stop(pool, out)
+        write_manifest(file, manifest, durable=False)  # nobody waits for a busy disk after Ctrl-C
         raise
     finally:
         progress.close()
-        write_manifest(file, manifest)
+    write_manifest(file, manifest)
     pool.shutdown()
     return failures
 
 
 def submit(pool, *arguments):
-    """A worker that starts here is deaf to Ctrl-C from its first moment, not only once it has imported everything."""
+    """A worker that starts here is deaf to signals from its first moment, not only once it has imported everything."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return pool.submit(process_case, *arguments)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return pool.submit(process_case, *arguments)
     finally:
@@ -175,12 +178,10 @@ def submit(pool, *arguments):
 
 def stop(pool, out: Path):
     """End the workers where they are, and remove what they were writing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough, and a second must not end this half-way
     workers = active_children()
     pool.shutdown(wait=False, cancel_futures=True)
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-        for temporary in out.glob(f".*.{worker.pid}.tmp"):
-            temporary.unlink(missing_ok=True)
+        remove_temporaries(out, f"*.{worker.pid}")

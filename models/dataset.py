@@ -5,10 +5,10 @@ A `.pt` file is a dict that `torch.load(path, weights_only=True)` reads; README.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
+import warnings
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,9 +18,12 @@ from isal import isal_zlib
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.brats import MODALITIES
+from models.brats import MODALITIES, patient_of
 from models.device import decided_once, free_memory_bytes, free_ram_bytes, processes_here, rank
-from models.errors import InputError, one_line
+from models.errors import InputError, InputWarning, one_line
+from models.files import whole_file
+from models.interruption import ignore_signals
+from models.manifest import join_patients
 from models.patches import crop, tumour_voxels
 
 KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
@@ -41,17 +44,12 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
         stored["image"] = case["image"].half()
         if "label" in case:
             stored["label"] = case["label"].to(torch.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:  # given a path, torch would write the temporary name into the file
-            torch.save(stored, file)
-            file.seek(0)
-            checksum = 0
-            while part := file.read(2**20):
-                checksum = isal_zlib.crc32(part, checksum)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    checksum = 0
+    with whole_file(path, durable=False) as file:  # it can be made again
+        torch.save(stored, file)
+        file.seek(0)
+        while part := file.read(2**20):
+            checksum = isal_zlib.crc32(part, checksum)
     return f"{checksum:08x}"
 
 
@@ -133,6 +131,25 @@ def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, lis
     if fold >= len(splits["folds"]):
         raise InputError(f"--fold {fold}: {path} has the folds 0 to {len(splits['folds']) - 1}.")
     return {**splits["folds"][fold], "test": splits["test"]}
+
+
+def refuse_leaks(data: str | Path, split: dict[str, list[str]]):
+    """InputError where a patient of the test is trained or validated on, under whatever name; a warning where one is in
+    training and validation both. preprocess_brats.py makes no such splits, but they can be edited."""
+    known = read_manifest(data)["cases"]
+    join_patients(known)
+    patients = {part: {known.get(name, {}).get("patient", patient_of(name)): name for name in names}
+                for part, names in split.items()}  # fmt: skip
+    for part, other in (("test", "train"), ("test", "validation"), ("validation", "train")):
+        if not (shared := sorted(patients[part].keys() & patients[other].keys())):
+            continue
+        count, first = len(shared), shared[0]
+        text = (f"{data}/splits.json: {count} patient{'s' * (count > 1)} of its {part} cases "
+                f"{'are' if count > 1 else 'is'} in {other} as well, such as that of {patients[part][first]} and "
+                f"{patients[other][first]}")  # fmt: skip
+        if part == "test":
+            raise InputError(f"{text}. The test would tell nothing. Run preprocess_brats.py again for a new split.")
+        warnings.warn(InputWarning(text, "the best epoch is chosen by cases that it was trained on"), stacklevel=2)
 
 
 def manifest_checksum(data: str | Path) -> str:
@@ -294,6 +311,8 @@ def batches(cases: Cases, order: list, batch_size: int, device: torch.device, wo
         sampler=order,
         num_workers=0 if cases.kept else workers,
         prefetch_factor=PREFETCH if workers and not cases.kept else None,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # or it would draw from the one that a resumed epoch has to find as it was
         collate_fn=list,
         pin_memory=cases.batches_need_pinning,
     )
@@ -305,3 +324,7 @@ def batches(cases: Cases, order: list, batch_size: int, device: torch.device, wo
             return
         images, labels = ([part.to(device, non_blocking=True) for part in parts] for parts in zip(*batch, strict=True))
         yield images, labels, time.perf_counter() - start
+
+
+def _leave_signals_to_the_main_process(worker: int):
+    ignore_signals()  # Ctrl-C and Slurm send them to workers, too, but the training finishes its step and saves

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """One line that names the file or flag and the remedy; a script ends with it and exit status 2, no traceback."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a script: Interrupted(its number, what is kept and how to go on, "" to say nothing)."""
+
+
 class InputWarning(UserWarning):
     """What is doubtful about an input that is used all the same: InputWarning(what, text). The scripts show it in one
     line; preprocessing keeps it in warnings.csv."""

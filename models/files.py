@@ -4,24 +4,57 @@ import csv
 import io
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str]):
-    """Write to a temporary name beside `path` and rename: a file with its final name is whole. The parts of an iterable
-    are written as they come, so that they need not all be in memory."""
+@contextmanager
+def whole_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write and read that is called `path` once it is whole, and has a temporary name beside it until then:
+    whatever kills the process leaves the old file or the new one. So does a power failure, if it is `durable`: that
+    waits for the disk, seconds where it is busy."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            for part in [data] if isinstance(data, bytes | memoryview | str) else data:
-                file.write(part.encode() if isinstance(part, str) else part)
+        with temporary.open("w+b") as file:
+            yield file
+            if durable:  # before it gets the name, or that could be left with nothing behind it
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            _write_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_names(folder: Path):
+    """Have the names of its files on the disk, too."""
+    if os.name == "nt":  # cannot open a folder
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_temporaries(folder: Path, pattern: str = "*"):
+    """What killed processes were writing there under `whole_file`; nobody may be writing now."""
+    for temporary in folder.glob(f".{pattern}.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable[str], durable: bool = True):
+    """Write a `whole_file`. The parts of an iterable are written as they come, so that they need not all be in
+    memory."""
+    with whole_file(path, durable) as file:
+        for part in [data] if isinstance(data, bytes | memoryview | str) else data:
+            file.write(part.encode() if isinstance(part, str) else part)
 
 
 def write_csv(path: Path, rows: list[dict]):

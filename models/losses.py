@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from monai.losses import DiceCELoss, DiceLoss
+from monai.networks.utils import one_hot
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from models.brats import REGION_CHANNELS, REGIONS
@@ -21,6 +22,12 @@ def make_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     hide the others. Of regions: Dice plus binary cross-entropy of each, both as means.
     """
     of_labels = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    if torch.are_deterministic_algorithms_enabled():  # the cross-entropy of class indices has none on CUDA
+        of_one_hot = DiceCELoss(include_background=False, softmax=True)
+
+        def of_labels(logits, label):
+            return of_one_hot(logits, one_hot(label, logits.shape[1]))
+
     # Not DiceCELoss: with several sigmoid channels its cross-entropy is that of a softmax.
     dice_of_regions = DiceLoss(sigmoid=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models.brats import patient_of
 from models.errors import InputError
-from models.files import write_atomically
+from models.files import remove_temporaries, write_atomically
 
 
 def manifest_path(out: Path, shard: tuple[int, int] | None = None) -> Path:
@@ -52,6 +52,8 @@ def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
 
     Without splits.json nobody trains on a mixture of old and new tensors, however this run ends.
     """
+    if not shard:
+        remove_temporaries(out)  # of shards, another one may be writing
     whole = _read(manifest_path(out))
     if not whole or whole["settings"] != run["settings"]:
         if whole:
@@ -87,9 +89,9 @@ def _changes(old: dict, new: dict, when: str) -> str:
     return "; ".join(f"{key} {old.get(key)}, {when} {new[key]}" for key in new if old.get(key) != new[key])
 
 
-def write_manifest(path: Path, manifest: dict):
+def write_manifest(path: Path, manifest: dict, durable: bool = True):
     manifest["cases"] = dict(sorted(manifest["cases"].items()))
-    write_atomically(path, json.dumps(manifest, indent=1))
+    write_atomically(path, json.dumps(manifest, indent=1), durable)
 
 
 def merge_shards(out: Path, run: dict, count: int) -> tuple[dict, dict[str, str]] | list[int]:
@@ -138,6 +140,7 @@ def finish(
         print(f"No splits.json: {error}")
     for path in _shard_paths(out):
         path.unlink(missing_ok=True)
+    remove_temporaries(out, "*.pt.*")  # no shard makes cases any more
     return splits
 
 

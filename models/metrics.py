@@ -5,6 +5,7 @@ device that it runs on: one confusion matrix of tensors holds all of it. Nothing
 processes that score cases start fast.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,6 +120,20 @@ def volumes_per_target(counts: "torch.Tensor") -> dict[str, tuple[int, int, int]
     }
 
 
+def pooled_dice(counts: "torch.Tensor") -> dict[str, float]:
+    """Dice of the voxels of all cases together, from their confusion matrices [N, 4, 4]: what chooses the best
+    checkpoint. WT, TC, ET, NCR and ED are nan where no truth has any; "mean" is that over the labels that one has.
+
+    A rule for empty masks would choose instead: an epoch that predicts nothing has 1 for every label that a case lacks.
+    """
+    scores = {
+        target: 2 * overlap / (predicted + true) if true else math.nan
+        for target, (overlap, predicted, true) in volumes_per_target(counts.sum(0)).items()
+    }
+    found = [scores[name] for name in LABELS.values() if not math.isnan(scores[name])]
+    return {"mean": sum(found) / len(found) if found else math.nan} | scores
+
+
 def mean_label_dice(dice: dict[str, float]) -> float:
-    """The mean over NCR, ED and ET: what chooses the best checkpoint."""
+    """The mean over NCR, ED and ET of one case."""
     return sum(dice[name] for name in LABELS.values()) / len(LABELS)

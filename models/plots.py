@@ -70,8 +70,8 @@ def load_font(size: float, path: str = "") -> ImageFont.FreeTypeFont:
 # ---- saved figures -------------------------------------------------------------------------------------------------
 
 
-def training_plots(history: list[dict], path, title: str):
-    """Loss, and validation Dice per label, over the epochs: [loss | Dice], with the best epoch marked."""
+def training_plots(history: list[dict], best: dict, path, title: str):
+    """Loss, and validation Dice per label, over the epochs: [loss | Dice], with the best one, `best`, marked."""
     figure = Figure(figsize=(12, 4.5))
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -79,7 +79,6 @@ def training_plots(history: list[dict], path, title: str):
     for key, color, name in (("train_loss", "#555555", "training"), ("validation_loss", "#0072B2", "validation")):
         left.plot(epochs, [row[key] for row in history], color=color, marker=marker, ms=3, label=name)
     left.set(xlabel="epoch", ylabel="Dice + cross-entropy loss", title="Loss")
-    best = max(history, key=lambda row: row["dice_mean"])
     right.plot(epochs, [row["dice_mean"] for row in history], color="black", lw=2, label="mean of the labels")
     for value, color in LABEL_COLORS.items():
         name = LABELS[value]

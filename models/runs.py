@@ -4,7 +4,6 @@ config.json is written before the first step and from then on only appended to: 
 `resumptions`.
 """
 
-import io
 import json
 import os
 import platform
@@ -24,15 +23,16 @@ from models.brats import MODALITIES
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
 from models.errors import InputError, one_line
-from models.files import ROOT, git_commit, portable, write_atomically
+from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # in 1, dice_mean was the mean over cases, not that of their pooled voxels
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
-ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None}
+ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
+               "deterministic": False, "save_minutes": 10.0}  # fmt: skip
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
-FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "debug",
+FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "save_minutes", "debug",
               *RUNTIME_SETTINGS)  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
         raise InputError(f"{path}: damaged or no checkpoint ({one_line(error, 80)}).") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") not in (1, CHECKPOINT_FORMAT):
         raise InputError(f"{path}: not a checkpoint of this project's training scripts.")
     if tuple(checkpoint["modalities"]) != MODALITIES:
         raise InputError(f"{path}: trained on the channels {tuple(checkpoint['modalities'])}, not {MODALITIES}.")
@@ -185,6 +185,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
     _take(lock)
+    remove_temporaries(folder)
     try:
         yield
     finally:
@@ -329,12 +330,14 @@ def write_record(
 
 
 def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
-    """After which epoch the run goes on, and which arguments have changed; printed as well."""
-    before, after_epoch = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)["epoch"]
+    """After which epoch and step the run goes on, and which arguments have changed; printed as well."""
+    before, last = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)
+    after = {"after_epoch": last["epoch"]} | ({"after_step": last["progress"][0]["step"]} if "progress" in last else {})
     changed = {key: value for key, value in arguments.items() if key != "resume" and before.get(key) != value}
     said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
-    print("; ".join([f"Resuming {folder} after epoch {after_epoch}", *said]) + ".")
-    return {"after_epoch": after_epoch, "changed": changed}
+    place = " and ".join(f"{key.removeprefix('after_')} {number}" for key, number in after.items())
+    print("; ".join([f"Resuming {folder} after {place}", *said]) + ".")
+    return after | {"changed": changed}
 
 
 def _initial_weights(path: Path) -> dict:
@@ -347,7 +350,8 @@ def _initial_weights(path: Path) -> dict:
 
 
 def checkpoint_of(model, amp: str, epoch: int, dice_mean: float | None) -> dict:
-    """What best.pt holds: the network after so many epochs, its validation score, and what it takes to build it."""
+    """What best.pt holds: the network after so many epochs, its validation score (see metrics.pooled_dice), and what it
+    takes to build it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "network": model.network,
@@ -361,19 +365,5 @@ def checkpoint_of(model, amp: str, epoch: int, dice_mean: float | None) -> dict:
 
 
 def save(path: Path, content: dict):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def restore(path: Path, model, average, optimizer, scaler) -> list[dict]:
-    """Load the state after the last whole epoch, with that of the `average` of the weights, if there is one; returns
-    the history."""
-    checkpoint = load_checkpoint(path)
-    if average is not None:
-        load_weights(average, checkpoint, path)
-        checkpoint["model"] = checkpoint["trained_model"]
-    load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["history"]
+    with whole_file(path) as file:
+        torch.save(content, file)

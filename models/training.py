@@ -1,14 +1,15 @@
-"""fit(): the one training loop, with what comes before and after it. Knows no network by name and no command line: the
-scripts hand it a model and Settings. It writes train.csv, training_plots.png, last.pt and best.pt into the run's folder
-after every epoch, and what `test` finds at the end.
+"""fit(): the one training loop, with what comes before it. Knows no network by name and no command line: the scripts
+hand it a model and Settings. It writes train.csv, training_plots.png, last.pt and best.pt into the run's folder after
+every epoch, and last.pt within epochs, too.
 """
 
 import math
 import os
-import random
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -19,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from models import runs
+from models import checkpoints, runs
 from models.augment import augment
-from models.brats import LABELS, TARGETS
+from models.brats import LABELS
+from models.checkpoints import Progress, begin_epoch, refuse_not_finite, write_epoch
 from models.copy_paste import paste_tumours
-from models.dataset import Cases, batches, choose_input, epoch_order, load_case
+from models.dataset import Cases, batches, choose_input
 from models.device import (
     AMP_DTYPES,
     choose_device,
@@ -36,12 +38,12 @@ from models.device import (
     world_size,
 )
 from models.errors import InputError
-from models.files import write_csv
+from models.interruption import noted_signals, raise_on_signals
 from models.losses import labels_from_logits, logits_from_frequencies, make_loss
-from models.metrics import confusion, dice_per_target, mean_label_dice
-from models.patches import cut_patches
-from models.plots import prediction_overlay, training_plots
+from models.metrics import confusion, pooled_dice
 
+AGREE_EVERY = 10  # updates: where there are several processes, to agree upon saving waits for the device
+CHECK_EVERY = 100  # updates: so does looking for a loss that is not a number
 AMP_TRIAL_SIDE = 64  # voxels; large enough to tell which number type is faster, small enough not to be waited for
 
 
@@ -70,14 +72,27 @@ class Settings:
     amp: str  # a key of AMP_DTYPES, or "auto" until `resolve`
     cache: str  # "device", "ram" or "disk", or "auto" until `resolve`
     workers: int
+    deterministic: bool
     compile: bool
+    save_minutes: float  # between two writings of last.pt within an epoch
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
 
 
-def setup(wanted_device: str, seed: int) -> torch.device:
-    """Choose the device, join the other processes where torchrun started several, seed, and let cuDNN tune itself."""
+def setup(wanted_device: str, seed: int, deterministic: bool = False) -> torch.device:
+    """Choose the device, join the other processes where torchrun started several, seed, and let cuDNN tune itself.
+
+    With `deterministic`, two runs on one machine are equal to the last bit. On a CPU they are anyway, but for --amp
+    auto, which measures. On CUDA these are not otherwise: which convolutions cuDNN finds fastest, and the order of the
+    sums in the gradients of convolutions, of torch's fused attention and of trilinear upsampling, in cross-entropy, and
+    in cuBLAS.
+    """
+    raise_on_signals()
+    # Before CUDA starts, when cuBLAS reads the variable.
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
     device = choose_device(wanted_device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
@@ -85,7 +100,8 @@ def setup(wanted_device: str, seed: int) -> torch.device:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape: the search pays in the first epoch
+    # Every batch has the same shape: the search pays in the first epoch.
+    torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     return device
 
@@ -98,7 +114,8 @@ def resolve(
     cache, workers = choose_input(settings.data, names, settings.cache, settings.workers, settings.batch_size,
                                   settings.patch, device)  # fmt: skip
     amp = earlier["arguments"]["amp"] if earlier and settings.amp == "auto" else settings.amp
-    amp = choose_amp(amp, model, settings.batch_size, size, device)
+    measured = not settings.deterministic
+    amp = choose_amp(amp, model, settings.batch_size, size, device) if measured else resolve_amp(amp, device)
     return replace(settings, cache=cache, workers=workers, amp=amp)
 
 
@@ -164,16 +181,20 @@ def start_at_class_frequencies(model, cases: Cases):
 def fit(
     model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool = False
 ) -> float:
-    """Train, validating after each epoch; best.pt is the epoch with the best mean label Dice. Returns total minutes.
+    """Train, validating after each epoch; best.pt is the epoch with the best Dice (see metrics.pooled_dice) of the
+    validation cases. Returns total minutes.
 
     With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
-    `resume` goes on after the last epoch that `folder` holds.
+    `resume` goes on where last.pt stands. A signal has it written after the step and ends the training (Interrupted).
     """
     # A patch is copied out of its case, so it is the batch, not the case, that has to be pinned.
     train_cases, validation_cases = (
         Cases(settings.data, split[part], settings.cache, device, pin=settings.patch is None)
         for part in ("train", "validation")
     )
+    if not any(validation_cases.label(index).any() for index in range(len(validation_cases))):
+        raise InputError(f"{settings.data}: the validation cases have no tumour, so nothing says which epoch is the "
+                         "best. Choose another --fold, or preprocess with another --seed.")  # fmt: skip
     if not resume and not settings.init:
         start_at_class_frequencies(model, train_cases)
     model.to(device)
@@ -182,98 +203,148 @@ def fit(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     average = deepcopy(model) if settings.ema else None
-    history = runs.restore(folder / "last.pt", model, average, optimizer, scaler) if resume else []
     judged = average if settings.ema else model
+    history, within, best = [], None, None
+    if resume:
+        history, within = checkpoints.restore(folder / "last.pt", model, average, optimizer, scaler)
+        best = best_so_far(folder / "best.pt", judged, validation_cases, settings, device)
+        if history and best and rank() == 0:  # the last epoch may have been interrupted before it wrote them
+            checkpoints.write_history(folder, history, best, model.network)
+    state = (model, average, optimizer, scaler, settings.amp)
     if settings.compile:
         model.compile()
     trained = DistributedDataParallel(model) if world_size() > 1 else model
-    for epoch in range(len(history), settings.epochs):
-        start = time.perf_counter()
-        trained_epoch = train_epoch(trained, train_cases, epoch, settings, optimizer, scaler, device, average)
-        row = {"epoch": epoch + 1, **trained_epoch}
-        losses, counts = validate(judged, validation_cases, settings, device)
-        scores = [dice_per_target(matrix) for matrix in counts]
-        row["validation_loss"] = float(losses.mean())
-        row["dice_mean"] = sum(map(mean_label_dice, scores)) / len(scores)
-        row |= {f"dice_{target}": sum(score[target] for score in scores) / len(scores) for target in TARGETS}
-        row["seconds"] = time.perf_counter() - start
-        if not math.isfinite(row["train_loss"]):
-            raise InputError(f"the loss became {row['train_loss']} in epoch {epoch + 1}: lower --learning-rate or use "
-                             f"--amp off. {folder} keeps the epochs before it.")
-        history.append(row)
-        if rank() == 0:
-            write_epoch(folder, history, model, average, optimizer, scaler, settings.amp)
+    with noted_signals() as signals:
+        save = partial(checkpoints.save_where_due, signals, settings.save_minutes, folder, history, state)
+        for epoch in range(len(history), settings.epochs):
+            start = time.perf_counter() - (within["seconds"] if within else 0)
+            row, progress = train_epoch(
+                trained, train_cases, epoch, settings, optimizer, scaler, device, average, within, save
+            )
+            within = None
+            may_stop = partial(save, progress) if world_size() == 1 else lambda: None  # all of them, or none
+            losses, counts = validate(judged, validation_cases, settings, device, may_stop)
+            row |= validation_figures(losses, counts, split["validation"])
+            row["seconds"] = time.perf_counter() - start
+            history.append(row)
+            if best is None or row["dice_mean"] > best["dice_mean"]:  # of equal epochs the first is the best
+                best = {key: row[key] for key in ("epoch", "dice_mean")}
+                if rank() == 0:
+                    runs.save(folder / "best.pt", runs.checkpoint_of(judged, settings.amp, **best))
+            if rank() == 0:
+                write_epoch(folder, history, best, *state)
+            if number := checkpoints.agreed(signals[0] if signals else 0, device):
+                checkpoints.stop(number, folder, f"{len(history)} epochs")
     if world_size() > 1:
         dist.barrier()  # best.pt must be there before any process loads it
     return sum(row["seconds"] for row in history) / 60
 
 
-def train_epoch(model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device, average=None) -> dict:
-    """One pass over the training cases; `average`, if there is one, follows the weights. Nothing in it waits for the
-    device before the last step is queued."""
+def best_so_far(path: Path, model, validation_cases: Cases, settings: Settings, device) -> dict | None:
+    """Epoch and score of best.pt, which can be ahead of last.pt: an interruption may have come between the two. None
+    where there is none. One from before scores were pooled is scored anew with a copy of `model`."""
+    if not path.is_file():
+        return None
+    checkpoint = runs.load_checkpoint(path)
+    if checkpoint["format"] < runs.CHECKPOINT_FORMAT:
+        former = deepcopy(model)
+        runs.load_weights(former, checkpoint, path)
+        _, counts = validate(former, validation_cases, settings, device)
+        checkpoint["dice_mean"] = pooled_dice(counts)["mean"]
+        print(f"{path}: Dice {checkpoint['dice_mean']:.4f} of the pooled voxels of the validation cases, which chooses "
+              "the best epoch now; the rows of train.csv so far have means over cases.")  # fmt: skip
+    return {key: checkpoint[key] for key in ("epoch", "dice_mean")}
+
+
+def validation_figures(losses: torch.Tensor, counts: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """The columns of train.csv from the loss [N] and the confusion matrix [N, 4, 4] of each case. InputError with the
+    cases whose loss is not finite."""
+    if broken := [name for name, loss in zip(names, losses, strict=True) if not loss.isfinite()]:
+        raise InputError(f"the validation loss of {', '.join(broken[:5])} is not finite. Look at these cases, lower "
+                         "--learning-rate or use --amp off.")  # fmt: skip
+    dice = {f"dice_{target}": value for target, value in pooled_dice(counts).items()}
+    return {"validation_loss": float(losses.mean()), **dice}
+
+
+def train_epoch(
+    model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device, average=None,
+    within: dict | None = None, after_step: Callable = lambda progress: None,
+) -> tuple[dict, Progress]:  # fmt: skip
+    """One pass over the training cases, or what is left of one `within` it; `average`, if there is one, follows the
+    weights. Returns the columns of train.csv and how far it came. Nothing in it waits for the device before the last
+    step is queued, but for what `after_step` and now and then a check do."""
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
-    order = epoch_order(len(cases), settings.seed, epoch, rank(), world_size())
-    micro_steps = math.ceil(len(order) / settings.batch_size)
-    steps_per_epoch = math.ceil(micro_steps / settings.accumulate)
-    total_steps = settings.epochs * steps_per_epoch
-    warmup_steps = round(settings.warmup * total_steps)
-    # All randomness of an epoch follows from the seed and its number: a resumed run repeats it exactly.
-    if settings.patch:
-        order = cut_patches(order, cases.outlines, settings.patch, f"{settings.seed}-{epoch}-{rank()}-patches")
-    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}-{epoch}-{rank()}").getrandbits(60))
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    order, progress = begin_epoch(model, cases, epoch, settings, device, within)
+    steps, updates = len(progress.losses), len(progress.norms)
     augmentation = (settings.flip_probability, settings.rotate_probability, settings.noise_probability,
                     settings.noise_sd, settings.augmentation == "strong")
-    loss_sum, waited_s, start = torch.zeros((), device=device), 0.0, time.perf_counter()
-    bar = tqdm(total=micro_steps, desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step", disable=rank() != 0)
-    loader = batches(cases, order, settings.batch_size, device, settings.workers)
     batch = None
-    for micro_step, (images, labels, wait_s) in enumerate(loader):
-        waited_s += wait_s
-        if settings.copy_paste:
-            images, labels = paste_tumours(images, labels, cases, settings.copy_paste, generator)
-        # Into the memory of the last batch: its backward pass is over.
-        batch = image, label = augment(images, labels, generator, *augmentation, out=batch)
-        # The last window can be shorter: divide by the steps that it really has.
-        window_start = micro_step - micro_step % settings.accumulate
-        window = min(settings.accumulate, micro_steps - window_start)
-        is_update = micro_step == window_start + window - 1
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = is_update
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(image)  # [B, 4 or 3, D, H, W]
-        loss = criterion(logits.float(), label)
-        scaler.scale(loss / window).backward()
-        loss_sum += loss.detach()
-        if is_update:
-            step = epoch * steps_per_epoch + micro_step // settings.accumulate
-            rate = learning_rate(step, total_steps, warmup_steps, settings.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                follow(average, model, settings.ema, step)
-        bar.update()
-    loss_sum /= micro_steps
+    with tqdm(total=steps, initial=progress.step, desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step",
+              disable=rank() != 0) as bar:  # fmt: skip
+        for images, labels, wait_s in batches(cases, order, settings.batch_size, device, settings.workers):
+            progress.waited_s += wait_s
+            if settings.copy_paste:
+                images, labels = paste_tumours(images, labels, cases, settings.copy_paste, progress.generator)
+            # Into the memory of the last batch: its backward pass is over.
+            batch = image, label = augment(images, labels, progress.generator, *augmentation, out=batch)
+            # The last window can be shorter: divide by the steps that it really has.
+            update, place = divmod(progress.step, settings.accumulate)
+            window = min(settings.accumulate, steps - update * settings.accumulate)
+            is_update = place == window - 1
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = is_update
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(image)  # [B, 4 or 3, D, H, W]
+            loss = criterion(logits.float(), label)
+            scaler.scale(loss / window).backward()
+            progress.losses[progress.step] = loss.detach()
+            if is_update:
+                take_update(model, optimizer, scaler, settings, progress, update, average)
+            progress.step += 1
+            bar.update()
+            if is_update and (update + 1) % CHECK_EVERY == 0:
+                refuse_not_finite(progress, scaler)
+            if world_size() == 1 or (is_update and ((update + 1) % AGREE_EVERY == 0 or update + 1 == updates)):
+                after_step(progress)
+        refuse_not_finite(progress, scaler)
+        row = training_figures(progress, optimizer, device)
+        bar.set_postfix_str(
+            f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
+            f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB"
+        )
+    return row, progress
+
+
+def take_update(model, optimizer, scaler, settings: Settings, progress: Progress, update: int, average):
+    """Change the weights by their gradients, at the learning rate of this update of the epoch."""
+    updates = len(progress.norms)
+    step, total_steps = progress.epoch * updates + update, settings.epochs * updates
+    rate = learning_rate(step, total_steps, round(settings.warmup * total_steps), settings.learning_rate)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.unscale_(optimizer)
+    progress.norms[update] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if average is not None:
+        follow(average, model, settings.ema, step)
+
+
+def training_figures(progress: Progress, optimizer, device) -> dict[str, float]:
+    """The columns of train.csv that an epoch's steps give."""
+    loss, steps = progress.losses.mean(), len(progress.losses)
     if world_size() > 1:
-        dist.all_reduce(loss_sum)
-        loss_sum /= world_size()
-    row = {"train_loss": loss_sum.item(), "learning_rate": rate}  # .item() waits until the device is done
-    seconds = time.perf_counter() - start
-    row["step_ms"] = 1e3 * seconds / micro_steps
-    row["data_wait_ms"] = 1e3 * waited_s / micro_steps
-    row["volumes_per_s"] = len(order) * world_size() / seconds
+        dist.all_reduce(loss)
+        loss /= world_size()
+    row = {"epoch": progress.epoch + 1, "train_loss": loss.item()}  # .item() waits for the device
+    row["learning_rate"] = optimizer.param_groups[0]["lr"]
+    seconds = time.perf_counter() - progress.start
+    row["step_ms"] = 1e3 * seconds / steps
+    row["data_wait_ms"] = 1e3 * progress.waited_s / steps
+    row["volumes_per_s"] = sum(map(len, progress.cases)) * world_size() / seconds
     row["peak_gib"] = peak_memory_gib(device)
-    bar.set_postfix_str(
-        f"loss {row['train_loss']:.4f}, lr {rate:.1e}, {row['step_ms']:.0f} ms/step, "
-        f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB"
-    )
-    bar.close()
     return row
 
 
@@ -301,7 +372,9 @@ def logits_of_cases(model, image: torch.Tensor, settings: Settings) -> torch.Ten
 
 
 @torch.inference_mode()
-def validate(model, cases: Cases, settings: Settings, device) -> tuple[torch.Tensor, torch.Tensor]:
+def validate(
+    model, cases: Cases, settings: Settings, device, after_case: Callable = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [N] and confusion matrix [N, 4, 4] of each case, computed by all processes together."""
     model.eval()
     criterion = make_loss()
@@ -313,75 +386,8 @@ def validate(model, cases: Cases, settings: Settings, device) -> tuple[torch.Ten
         logits = logits_of_cases(model, image, settings)
         losses[index] = criterion(logits, label)
         counts[index] = confusion(labels_from_logits(logits), label)
+        after_case()
     if world_size() > 1:
         dist.all_reduce(losses)
         dist.all_reduce(counts)
     return losses.cpu(), counts.cpu()
-
-
-def test(model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device) -> dict:
-    """Score the best checkpoint on the test cases: test_results.csv (a row per case, then their mean) and
-    test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target; nothing, and writes
-    nothing, where the split has no test cases."""
-    if not split["test"]:
-        return {}
-    checkpoint = runs.load_checkpoint(folder / "best.pt")
-    runs.load_weights(model, checkpoint, folder / "best.pt")
-    cases = Cases(settings.data, split["test"], "disk", device)
-    losses, counts = validate(model, cases, settings, device)
-    scores = [dice_per_target(matrix) for matrix in counts]
-    rows = [
-        {"case": name, "loss": float(loss), **{f"dice_{target}": score[target] for target in TARGETS}}
-        for name, loss, score in zip(split["test"], losses, scores, strict=True)
-    ]
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "case"}
-    if rank() == 0:
-        write_csv(folder / "test_results.csv", [*rows, {"case": "mean", **mean}])
-        middle = sorted(range(len(rows)), key=lambda index: mean_label_dice(scores[index]))[len(rows) // 2]
-        draw_prediction(model, settings, split["test"][middle], checkpoint["epoch"], folder, device)
-    return {target: mean[f"dice_{target}"] for target in TARGETS}
-
-
-@torch.inference_mode()
-def draw_prediction(model, settings: Settings, name: str, epoch: int, folder: Path, device: torch.device):
-    """test_prediction_overlay.png of one case."""
-    case = load_case(settings.data / f"{name}.pt")
-    logits = logits_of_cases(model, case["image"][None].to(device), settings)
-    prediction, truth = labels_from_logits(logits)[0].cpu(), case["label"][0]
-    scores = dice_per_target(confusion(prediction, truth))
-    dice = ", ".join(f"{target} {scores[target]:.3f}" for target in TARGETS)
-    title = f"{folder.name} ({model.network}, epoch {epoch}), test case {name} (median): {dice}"
-    prediction_overlay(
-        case["image"].numpy(), truth.numpy(), {"prediction": prediction.numpy()},
-        folder / "test_prediction_overlay.png", title,
-    )  # fmt: skip
-
-
-def write_epoch(folder: Path, history: list[dict], model, average, optimizer, scaler, amp: str):
-    """best.pt before last.pt, so that an interruption between them repeats an epoch rather than losing the best."""
-    network = model if average is None else average
-    checkpoint = runs.checkpoint_of(network, amp, len(history), history[-1]["dice_mean"])
-    if max(history, key=lambda row: row["dice_mean"]) is history[-1]:  # of equal epochs the first, as in the plot
-        runs.save(folder / "best.pt", checkpoint)
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
-    if average is not None:
-        state["trained_model"] = model.state_dict()
-    runs.save(folder / "last.pt", checkpoint | state)
-    write_csv(folder / "train.csv", history)
-    training_plots(history, folder / "training_plots.png", f"{model.network}, {folder.name}")
-
-
-def report(folder: Path, split: dict[str, list[str]], dice: dict[str, float], minutes: float):
-    """The closing lines of a training script."""
-    if rank() == 0:
-        print(f"Trained in {minutes:.1f} minutes ({len(split['train'])} cases; tested on {len(split['test'])}).")
-        written = ["config.json", "train.csv", "training_plots.png", "best.pt", "last.pt"]
-        if dice:
-            print("Test Dice: " + ", ".join(f"{target} {value:.4f}" for target, value in dice.items())
-                  + f"; mean of the labels {mean_label_dice(dice):.4f}")
-            written += ["test_results.csv", "test_prediction_overlay.png"]
-        else:
-            print("Nothing was tested: the data have no test cases (--test-share 0).")
-        print(f"Written to {folder}: {', '.join(written)}")
-    if world_size() > 1:
-        dist.destroy_process_group()

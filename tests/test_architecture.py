@@ -17,12 +17,13 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
            "benchmark_inference"]  # fmt: skip
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
-    {"errors", "files", "cli", "device", "timing"},
+    {"errors", "files", "interruption", "cli", "device", "timing"},
     {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
      "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
-    {"losses", "runs", "training", "pretrained", "cost", "surfaces", "lesions", "metrics", "plots"},
+    {"losses", "runs", "checkpoints", "pretrained", "training", "final_test", "cost", "surfaces", "lesions", "metrics",
+     "plots"},
     {"inference"},
     {"evaluation", "benchmark", "viewer"},
     {*SCRIPTS},

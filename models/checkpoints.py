@@ -1,0 +1,202 @@
+"""last.pt, what a training goes on from: after an epoch, or in the middle of one; and when it has to stop.
+
+On a CPU a training that was stopped anywhere and resumed is equal to one that was not, to the last bit. All randomness
+is drawn from two generators, torch's and that of the augmentation, whose states are kept; the order of the cases and
+their patches follow from the seed and the epoch's number. Python's and NumPy's generators are not used.
+"""
+
+import math
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models import runs
+from models.dataset import Cases, epoch_order
+from models.device import rank, world_size
+from models.errors import InputError, Interrupted
+from models.files import write_csv
+from models.interruption import SIGNALS
+from models.patches import cut_patches
+from models.plots import training_plots
+
+
+@dataclass
+class Progress:
+    """How far this process has come in an epoch."""
+
+    epoch: int  # counted from 0
+    cases: list[list[str]]  # names, of each step
+    step: int  # how many are done
+    losses: Tensor  # [steps], on the device; 0 where a step is not done
+    norms: Tensor  # [updates], of the gradients before they were clipped
+    accumulate: int  # steps of an update
+    generator: torch.Generator  # of the augmentation
+    waited_s: float  # for data
+    start: float  # time.perf_counter() less the seconds that the epoch has taken before a resumption
+    saved: float  # time.perf_counter() when last.pt was written, or the epoch began
+
+
+def write_last(
+    folder: Path, history: list[dict], model, average, optimizer, scaler, amp: str, within: dict | None = None
+):
+    """Write last.pt after the epochs of `history` and what has been done `within` the next. All processes have to call
+    it together where there is something within."""
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    if within:
+        state["progress"] = [within]  # of each process
+        if world_size() > 1:
+            state["progress"] = [None] * world_size()
+            dist.all_gather_object(state["progress"], within)
+    if average is not None:
+        state["trained_model"] = model.state_dict()
+    if rank() == 0:
+        score = history[-1]["dice_mean"] if history else None
+        network = model if average is None else average
+        runs.save(folder / "last.pt", runs.checkpoint_of(network, amp, len(history), score) | state)
+
+
+def write_epoch(folder: Path, history: list[dict], best: dict, model, average, optimizer, scaler, amp: str):
+    """What a whole epoch leaves, but for best.pt: that comes first, so that an interruption between them repeats an
+    epoch rather than losing the best."""
+    write_last(folder, history, model, average, optimizer, scaler, amp)
+    write_history(folder, history, best, model.network)
+
+
+def write_history(folder: Path, history: list[dict], best: dict, network: str):
+    write_csv(folder / "train.csv", history)
+    training_plots(history, best, folder / "training_plots.png", f"{network}, {folder.name}")
+
+
+def restore(path: Path, model, average, optimizer, scaler) -> tuple[list[dict], dict | None]:
+    """Load the state in last.pt, with that of the `average` of the weights, if there is one; returns the history and
+    what this process has done within the next epoch."""
+    checkpoint = runs.load_checkpoint(path)
+    if average is not None:
+        runs.load_weights(average, checkpoint, path)
+        checkpoint["model"] = checkpoint["trained_model"]
+    runs.load_weights(model, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    within = checkpoint.get("progress")
+    if within and len(within) != world_size():
+        raise InputError(f"{path} stands within an epoch of {len(within)} processes: resume with as many.")
+    return checkpoint["history"], within and within[rank()]
+
+
+def begin_epoch(
+    model, cases: Cases, epoch: int, settings, device: torch.device, within: dict | None
+) -> tuple[list, Progress]:
+    """The keys of the cases that are left to this process, in order, and its progress: none, or that of `within`, the
+    state in last.pt."""
+    order = epoch_order(len(cases), settings.seed, epoch, rank(), world_size())
+    # All randomness of an epoch follows from the seed and its number: a resumed run repeats it exactly.
+    if settings.patch:
+        order = cut_patches(order, cases.outlines, settings.patch, f"{settings.seed}-{epoch}-{rank()}-patches")
+    generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}-{epoch}-{rank()}").getrandbits(60))
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    names = [cases.paths[key[0] if settings.patch else key].stem for key in order]
+    steps = [names[first : first + settings.batch_size] for first in range(0, len(names), settings.batch_size)]
+    updates, now = math.ceil(len(steps) / settings.accumulate), time.perf_counter()
+    losses, norms = (torch.zeros(count, device=device) for count in (len(steps), updates))
+    progress = Progress(epoch, steps, 0, losses, norms, settings.accumulate, generator, 0.0, now, now)
+    if within:
+        go_on(progress, within, model)
+    return order[progress.step * settings.batch_size :], progress
+
+
+def state_of(progress: Progress, model) -> dict:
+    """What `go_on` needs, as plain tensors and numbers."""
+    device = progress.losses.device
+    return {
+        "step": progress.step,
+        "losses": progress.losses.cpu(),
+        "norms": progress.norms.cpu(),
+        "augmentation_random": progress.generator.get_state(),
+        "torch_random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "gradients": [parameter.grad for parameter in model.parameters()],  # None, unless steps are accumulated
+        "waited_s": progress.waited_s,
+        "seconds": time.perf_counter() - progress.start,
+    }
+
+
+def go_on(progress: Progress, state: dict, model):
+    """Bring an epoch that is about to begin to where `state_of` found it."""
+    progress.step = state["step"]
+    progress.losses.copy_(state["losses"])
+    progress.norms.copy_(state["norms"])
+    progress.generator.set_state(state["augmentation_random"])
+    progress.waited_s = state["waited_s"]
+    progress.start -= state["seconds"]
+    for parameter, gradient in zip(model.parameters(), state["gradients"], strict=True):
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    torch.set_rng_state(state["torch_random"])
+    if state["cuda_random"] is not None and progress.losses.is_cuda:
+        torch.cuda.set_rng_state(state["cuda_random"], progress.losses.device)
+
+
+# ---- saving and stopping within an epoch ---------------------------------------------------------------------------
+
+
+def save_where_due(
+    signals: list[int], minutes: float, folder: Path, history: list[dict], state: tuple, progress: Progress
+):
+    """Write last.pt if it is so many minutes old, or a signal has come, which then ends the training. `state` is what
+    `write_last` takes after the history."""
+    due = time.perf_counter() - progress.saved > 60 * minutes
+    wanted = agreed(signals[0] if signals else int(due), progress.losses.device)
+    if not wanted:
+        return
+    model, _, _, scaler, _ = state
+    refuse_not_finite(progress, scaler)
+    write_last(folder, history, *state, within=state_of(progress, model))
+    progress.saved = time.perf_counter()
+    if wanted in SIGNALS:
+        stop(wanted, folder, f"epoch {progress.epoch + 1} up to step {progress.step} of {len(progress.cases)}")
+
+
+def agreed(wanted: int, device: torch.device) -> int:
+    """The largest of what the processes want: all of them have to save, and to stop, after the same step."""
+    if world_size() == 1:
+        return wanted
+    number = torch.tensor(wanted, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def stop(number: int, folder: Path, place: str):
+    text = (f"Interrupted by {signal.Signals(number).name}; {folder / 'last.pt'} holds {place}. To go on, add "
+            f"--run-name {folder.name} --resume to the same command.")  # fmt: skip
+    raise Interrupted(number, text if rank() == 0 else "")
+
+
+def refuse_not_finite(progress: Progress, scaler):
+    """InputError with the cases of the first update whose loss or gradient is not finite. Waits for the device.
+
+    A scaler leaves out updates whose gradient is not finite and halves its scale, which is usual at the start of a
+    training; when that falls from 65536 to below 1, the scale is not the reason, and the updates left out are named.
+    """
+    losses, norms = progress.losses.cpu(), progress.norms.cpu()
+    bad_steps = (~losses.isfinite()).nonzero().flatten().tolist()
+    bad_updates = {step // progress.accumulate for step in bad_steps}
+    if not scaler.is_enabled() or scaler.get_scale() < 1:
+        bad_updates |= set((~norms.isfinite()).nonzero().flatten().tolist())
+    if not bad_updates:
+        return
+    # Without a scaler, the first has spoiled the weights, and with them all that came later.
+    steps = []
+    for update in sorted(bad_updates) if scaler.is_enabled() else [min(bad_updates)]:
+        window = range(len(progress.cases))[update * progress.accumulate : (update + 1) * progress.accumulate]
+        steps += [step for step in window if step in bad_steps] or window
+    names = list(dict.fromkeys(name for step in steps for name in progress.cases[step]))
+    more = f" and {len(names) - 5} more cases" if len(names) > 5 else ""
+    what = "loss" if steps[0] in bad_steps else "gradient"
+    raise InputError(f"the {what} of {', '.join(names[:5])}{more} is not finite (epoch {progress.epoch + 1}, step "
+                     f"{steps[0] + 1}). Look at it if it is always the same; else lower --learning-rate or use --amp "
+                     "off.")  # fmt: skip
