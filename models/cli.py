@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from models.errors import InputError, InputWarning
+from models.records import is_name
 
 
 def run(main):
@@ -74,8 +75,7 @@ def fraction(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
-    """One that leads nowhere else: on no system a path of several parts, or upwards."""
-    if text in ("", ".", "..") or set(text) & set("/\\:"):
+    if not is_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a single folder")
     return text
 

@@ -17,7 +17,7 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
            "benchmark_inference"]  # fmt: skip
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
-    {"errors", "files", "cli", "device", "timing"},
+    {"errors", "files", "cli", "memory", "records", "device", "timing"},
     {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
      "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
