@@ -17,6 +17,7 @@ def run(main):
     line, no traceback unless --debug), 3 done but some cases failed, 130 interrupted; an error of ours is not caught
     (traceback, 1)."""
     warnings.showwarning = _show_warning
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be text
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -28,7 +29,8 @@ def run(main):
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
+        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+        text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -5,10 +5,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -50,6 +52,19 @@ def keep_freed_memory(keep: bool = True):
     # Without mapped blocks, never trimmed, growing by 256 MiB at a time; or glibc's defaults.
     for parameter, kept, default in ((M_MMAP_MAX, 0, 65536), (M_TRIM_THRESHOLD, -1, 2**17), (M_TOP_PAD, 2**28, 2**17)):
         library.mallopt(parameter, kept if keep else default)
+
+
+def why_not_compile(device: torch.device, ahead_of_time: bool = False) -> str | None:
+    """Why torch.compile cannot be used on this machine, or None if it can."""
+    cuda = device.type == "cuda"
+    if cuda and find_spec("triton") is None:
+        return "torch.compile on CUDA needs the package triton"
+    if cuda and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "no C compiler was found, which triton needs: install gcc or clang, or name one in CC"
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if (ahead_of_time or not cuda) and not any(map(shutil.which, compilers)):
+        return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
+    return None
 
 
 def device_name(device: torch.device) -> str:

@@ -100,11 +100,13 @@ def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.nda
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.dtype, np.ndarray]:
-    """Shape, stored type and affine [4, 4] in mm of a NIfTI file, from its header alone."""
+    """Shape, type and affine [4, 4] in mm of what `read_nifti` would read, from the header alone."""
     path = Path(path)
     with _told_as_input_error(path), path.open("rb") as file:
         header = _read_header(igzip.IGzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, path)
-        return header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+        scaled = header.get_slope_inter() not in ((None, None), (1, 0))
+        dtype = np.dtype(float) if scaled else header.get_data_dtype()
+        return header.get_data_shape(), dtype, header.get_best_affine()
 
 
 @contextmanager

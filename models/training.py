@@ -6,6 +6,7 @@ after every epoch, and what `test` finds at the end.
 import math
 import os
 import random
+import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from models.device import (
     rank,
     resolve_amp,
     synchronise,
+    why_not_compile,
     world_size,
 )
 from models.errors import InputError
@@ -99,7 +101,16 @@ def resolve(
                                   settings.patch, device)  # fmt: skip
     amp = earlier["arguments"]["amp"] if earlier and settings.amp == "auto" else settings.amp
     amp = choose_amp(amp, model, settings.batch_size, size, device)
-    return replace(settings, cache=cache, workers=workers, amp=amp)
+    compiled = settings.compile and can_compile(device)
+    return replace(settings, cache=cache, workers=workers, amp=amp, compile=compiled)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether --compile can be used here; where not, says in one line why."""
+    reason = why_not_compile(device)
+    if reason and rank() == 0:
+        print(f"Warning: --compile: {reason}. Training without it.", file=sys.stderr)
+    return not reason
 
 
 def choose_amp(amp: str, model, batch_size: int, size: list[int], device: torch.device) -> str:

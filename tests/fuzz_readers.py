@@ -1,7 +1,7 @@
 """Random changes to small files, guided by the code that they reach, for every reader of NIfTI and `.pt` files.
 
-A reader may return or raise InputError; anything else is a finding: another exception, a RuntimeWarning, 2 GiB of memory
-or 10 s. The seeds are in corpus/, what atheris makes of them stays in a temporary folder.
+A reader may return or raise InputError; anything else is a finding: another exception, a RuntimeWarning, 2 GiB of
+memory or 10 s. The seeds are in corpus/, what atheris makes of them stays in a temporary folder.
 
     pip install atheris
     python tests/fuzz_readers.py nifti --minutes 10      (or case, tensor, checkpoint)
@@ -84,7 +84,6 @@ def in_archive(pickled: bytes) -> bytes:
 def fuzz(name: str, arguments: list[str]):
     """Never returns: libFuzzer ends the process."""
     import atheris  # an optional package
-
     import torch._weights_only_unpickler as unpickling  # all of torch would take minutes to instrument
 
     sys.path.insert(0, str(ROOT))

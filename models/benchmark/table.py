@@ -138,11 +138,14 @@ def read_table(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     kinds = {field.name: next(iter(get_args(field.type)), field.type) for field in fields(Row)}  # float of float | None
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: kind(row[name]) if row.get(name) else None for name, kind in kinds.items()})
-            for row in csv.DictReader(file)
-        ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                Row(**{name: kind(row[name]) if row.get(name) else None for name, kind in kinds.items()})
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}: damaged ({one_line(error, 80)}). Repair it, or name another --out.") from None
 
 
 def write_table(path: Path, rows: list[Row]):
