@@ -20,7 +20,7 @@ from pathlib import Path
 
 from models import cli
 from models.brats import LABEL_SCHEMES
-from models.files import ROOT, write_csv
+from models.files import ROOT, make_writable, write_csv
 
 RESULTS = ROOT / "models/benchmark/results"
 
@@ -82,7 +82,7 @@ def main() -> int:
     jobs = make_jobs(models, dtypes=args.dtypes, **setting, layout=args.layout, repeats=args.repeats,
                      max_seconds=args.max_seconds, cache=str(args.cache), case=str(args.case) if args.case else None,
                      labels=args.labels)  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_writable(args.out)
     dtypes = sorted({job.dtype for job in jobs if not job.not_run})
     print(f"Measuring matrix products in {', '.join(dtypes)}, and copies ...", file=sys.stderr)
     speed = measure_speed(device.type, dtypes)

@@ -22,6 +22,7 @@ from pathlib import Path
 from models import cli
 from models.brats import LABEL_SCHEMES
 from models.errors import InputError
+from models.files import make_writable
 
 
 def arguments():
@@ -82,9 +83,9 @@ def main() -> int:
     device = choose_device(args.device)
     work = jobs.of_label_maps(options) if args.predictions else jobs.of_runs(options, device)
     out = args.out or default_out(args, work)
-    out.mkdir(parents=True, exist_ok=True)
+    make_writable(out)
     for entry in work.entries if args.save_nifti else ():
-        jobs.nifti_folder(options, work.entries, entry).mkdir(parents=True, exist_ok=True)
+        make_writable(jobs.nifti_folder(options, work.entries, entry))
     count = sum(len(entry.cases) for entry in work.entries)
     processes = min(args.workers, count // 4)  # each takes seconds to start
     kept = defaultdict(list)

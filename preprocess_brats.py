@@ -21,7 +21,7 @@ from pathlib import Path
 from models import cli
 from models.brats import LABEL_SCHEMES
 from models.errors import InputError
-from models.files import portable
+from models.files import make_writable, portable
 from models.manifest import claim, finish, manifest_path, merge_shards, open_manifest, write_manifest
 
 VERSION = 2  # of the preprocessing itself: raise it when the same settings would give other tensors
@@ -46,7 +46,8 @@ def arguments():
     parser.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
                         "affines disagree; that of T1 counts")
     parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
-                        help="processes; each takes less than 0.6 GiB of memory")
+                        help="processes, or fewer if the memory is too small for what each takes at most: 0.6 GiB for "
+                             "the volumes of BraTS, more for larger ones")
     parser.add_argument("--compact", action="store_true", help="store float16 and uint8: 19 MB a case instead of 50")
     parser.add_argument("--limit", type=cli.positive_int, help="take only the first N cases")
     parser.add_argument("--shard", metavar="I/N", help="do only every N-th case from the I-th on, counted from 0; the "
@@ -86,21 +87,19 @@ def main() -> int:
                 "normalize": args.normalize}  # fmt: skip
     division = {"seed": args.seed, "folds": args.folds, "test_share": args.test_share}
     run = {"settings": settings, "cases": len(found), "labels": schemes, **division}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{args.out}: cannot be made ({error.strerror}). Choose another OUT.") from None
+    make_writable(args.out)
     cases = found[shard[0] :: shard[1]] if shard else found
     manifest = open_manifest(args.out, run, [case.name for case in cases], shard)
     todo = [case for case in cases if not cohort.is_done(case, manifest)]
+    workers = cohort.fitting_workers(todo, settings, args.workers)
     refuse_full_disk(args, len(todo))
     claim(args.out, run, manifest, shard)
     print((f"Shard {shard[0]} of {shard[1]}: " if shard else "")
-          + f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {args.workers} workers.")
+          + f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {workers} workers.")
     failures = {}
     if todo:
         manifest_file = manifest_path(args.out, shard)
-        failures = cohort.process(todo, settings, args.out, args.workers, manifest, manifest_file)
+        failures = cohort.process(todo, settings, args.out, workers, manifest, manifest_file)
     for name, reason in sorted(failures.items()):
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if shard:

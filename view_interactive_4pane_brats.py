@@ -53,6 +53,7 @@ def main() -> int:
     from matplotlib import pyplot
 
     from models.errors import InputError
+    from models.files import make_writable
     from models.viewer.scene import find_scenes, read_prediction
     from models.viewer.session import Session
     from models.viewer.window import Viewer, new_figure
@@ -61,6 +62,8 @@ def main() -> int:
 
     if args.save and (args.save.suffix.lower() != ".png" or not args.save.parent.is_dir()):
         raise InputError(f"--save {args.save}: name a .png file in a folder that exists.")
+    if args.save:
+        make_writable(args.save.parent)
     loaders = find_scenes(args.case, args.labels, args.same_voxels)
     name = args.name or next(iter(loaders))
     if name not in loaders:

@@ -107,6 +107,10 @@ def find_cases(root: str | Path, labels: str | None = None, same_voxels: bool = 
         more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
         warnings.warn(InputWarning(f"not used{more}", str(doubts[0])), stacklevel=2)
     cases.sort(key=lambda case: case.name)
+    for case in cases:
+        if not case.name.isprintable():  # a second line, or bytes that are no text
+            name, folder = ascii(case.name), ascii(str(case.source_files[0].parent))
+            raise InputError(f"{folder}: the case name {name} has characters that cannot be shown. Rename its files.")
     for case, following in pairwise(cases):
         if case.name == following.name:
             folders = f"{case.source_files[0].parent} and {following.source_files[0].parent}"

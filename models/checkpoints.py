@@ -19,7 +19,7 @@ from torch import Tensor
 from models import runs
 from models.dataset import Cases, epoch_order
 from models.device import rank, world_size
-from models.errors import InputError, Interrupted
+from models.errors import InputError, Interrupted, one_line
 from models.files import write_csv
 from models.interruption import SIGNALS
 from models.patches import cut_patches
@@ -81,12 +81,16 @@ def restore(path: Path, model, average, optimizer, scaler) -> tuple[list[dict], 
         runs.load_weights(average, checkpoint, path)
         checkpoint["model"] = checkpoint["trained_model"]
     runs.load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    within = checkpoint.get("progress")
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        history, within = checkpoint["history"], checkpoint.get("progress")
+    except Exception as error:  # what torch makes of a state that is not its own
+        reason = f"{type(error).__name__}: {one_line(error, 80)}"
+        raise InputError(f"{path}: nothing that a training could go on from ({reason}).") from None
     if within and len(within) != world_size():
         raise InputError(f"{path} stands within an epoch of {len(within)} processes: resume with as many.")
-    return checkpoint["history"], within and within[rank()]
+    return history, within and within[rank()]
 
 
 def begin_epoch(

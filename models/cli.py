@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from models.errors import InputError, InputWarning
+from models.records import is_name
 
 
 def run(main):
@@ -17,6 +18,7 @@ def run(main):
     line, no traceback unless --debug), 3 done but some cases failed, 128 and the signal's number where one ended it
     (130: Ctrl-C); an error of ours is not caught (traceback, 1)."""
     warnings.showwarning = _show_warning
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be text
     try:
         sys.exit(main())
     except KeyboardInterrupt as error:
@@ -30,7 +32,8 @@ def run(main):
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
+        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+        text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
 
@@ -77,8 +80,7 @@ def fraction(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
-    """One that leads nowhere else: on no system a path of several parts, or upwards."""
-    if text in ("", ".", "..") or set(text) & set("/\\:"):
+    if not is_name(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a single folder")
     return text
 

@@ -4,6 +4,7 @@ The process that hands out the cases does without torch, which only its workers 
 flag is wrong, nobody waits for it.
 """
 
+import math
 import os
 import signal
 import threading
@@ -27,9 +28,12 @@ from models.files import remove_temporaries
 from models.interruption import SIGNALS, ignore_signals, raise_on_signals
 from models.labels import to_training_labels
 from models.manifest import write_manifest
-from models.nifti import to_ras
+from models.memory import free_ram_bytes
+from models.nifti import read_grid, to_ras
 from models.volumes import Volumes, read_case
 
+# Of a worker: torch and the other libraries; for each voxel of a file that fits int16, of others, and in the tensor.
+WORKER_BYTES, SMALL_BYTES, LARGE_BYTES, NETWORK_BYTES = 3.2e8, 18, 44, 28
 MANIFEST_EVERY_S = 2.0  # between two writings of the manifest: what a killed run has to do again
 MANIFEST_SHARE = 0.02  # of the time, at most, goes into writing it: the larger it is, the less often
 
@@ -45,6 +49,33 @@ def describe(cases: list[Case], raw: Path) -> dict[str, int]:
         print(f"{raw}: {len(members)} cases, {LAYOUTS[layout]}; labels {scheme} ({SCHEME_USERS[scheme]}): "
               f"{describe_scheme(scheme)}" + (f"; {unlabelled} without segmentation" if unlabelled else ""))
     return dict(Counter(map(scheme_of, cases)))
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def fitting_workers(todo: list[Case], settings: dict, wanted: int) -> int:
+    """As many workers as there is memory for while each has the largest case: one at least."""
+    largest, free = max((memory_bytes(case, settings) for case in todo), default=0), free_ram_bytes()
+    if not wanted * largest > free:  # nan where the system does not say
+        return wanted
+    workers = max(1, min(wanted, int(free / largest)))
+    print(f"--workers {workers}: {free / 2**30:.1f} GiB of memory are free, and the largest case may take a worker "
+          f"{largest / 2**30:.1f} GiB.")
+    return workers
+
+
+def memory_bytes(case: Case, settings: dict) -> float:
+    """What a worker takes for a case, at most, as its first file says; 0 for a file that cannot be read."""
+    try:
+        shape, dtype, affine = read_grid(case.source_files[0])
+    except InputError:  # whoever reads the case says it
+        return 0
+    voxels = math.prod(shape[:3])
+    resampled = voxels * abs(np.linalg.det(affine[:3, :3])) / settings["spacing_mm"] ** 3
+    in_network = settings["size"] ** 3 if settings["size"] else resampled
+    of_types = SMALL_BYTES if np.can_cast(dtype, np.int16) else LARGE_BYTES
+    return WORKER_BYTES + of_types * voxels + 4 * resampled + NETWORK_BYTES * in_network
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------

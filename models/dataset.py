@@ -9,29 +9,58 @@ import random
 import shutil
 import time
 import warnings
+import zipfile
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from isal import isal_zlib
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.brats import MODALITIES, patient_of
-from models.device import decided_once, free_memory_bytes, free_ram_bytes, processes_here, rank
+from models.brats import LABEL_SCHEMES, MODALITIES, patient_of
+from models.device import decided_once, free_memory_bytes, processes_here, rank
 from models.errors import InputError, InputWarning, one_line
 from models.files import whole_file
 from models.interruption import ignore_signals
 from models.manifest import join_patients
+from models.memory import free_ram_bytes
 from models.patches import crop, tumour_voxels
+from models.records import MANIFEST, NUMBER, SPLITS, is_array, is_name, is_size, misfit, read_json
 
-KEYS = ("image", "case", "modalities", "label_scheme", "geometry", "normalization")
 SHARED_MEMORY = Path("/dev/shm")  # worker processes hand over what they read through it (Linux)
 PREFETCH = 2  # batches that each worker reads ahead
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
+
+
+def _is_stored(value) -> bool:
+    """Whether this is a tensor whose elements all are in the file: a view can claim any number of them."""
+    return type(value) is Tensor and value.layout == torch.strided and value.is_cpu and value.is_contiguous()
+
+
+CASE = {
+    "image": _is_stored,
+    "label?": _is_stored,
+    "case": is_name,
+    "modalities": [str],
+    "label_scheme": tuple(LABEL_SCHEMES).__contains__,
+    "geometry": {
+        "native_shape": is_size,
+        "affine": lambda rows: is_array(rows, 4, 4) and abs(np.linalg.det(rows)) > 1e-6,
+        "axis_codes": str,
+        "spacing_mm": lambda sides: is_array(sides, 3) and min(sides) > 0,
+        "target_spacing_mm": lambda side: is_array(side) and side > 0,
+        "resampled_shape": is_size,
+        "crop_box": lambda box: is_array(box, 3, 2) and all(0 <= low < high for low, high in box),
+        "network_size": is_size,
+    },
+    "normalization": {str: [NUMBER]},
+}
 
 
 def save_case(path: Path, case: dict, compact: bool) -> str:
@@ -53,26 +82,42 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
     return f"{checksum:08x}"
 
 
+def load_tensors(path: Path, mmap: bool = True):
+    """What a `.pt` file of tensors and plain values holds: no code in it is run. Raises InputError for other files.
+
+    With `mmap` what is not touched is not read, and several processes share the pages; the file must not be written to
+    while they are in use.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch would take the memory for what a compressed part claims to hold
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("its parts are compressed")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
+        reason = one_line(error, 80)
+        raise InputError(f"{path}: damaged, or no file of this project ({reason}). Make it again.") from None
+
+
 def load_case(path: str | Path, as_stored: bool = False) -> dict:
     """A preprocessed case with `image` float32 [4, D, H, W] and, where there is one, `label` int64 [1, D, H, W];
     `as_stored` leaves the types of the file. Raises InputError for anything that is not such a file."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file. Make it with preprocess_brats.py.")
-    try:
-        # Memory-mapped: what is not touched is not read, and several processes share the pages.
-        case = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        reason = one_line(error, 80)
-        raise InputError(f"{path}: damaged or no file of preprocess_brats.py ({reason}). Make it again.") from None
-    missing = [key for key in KEYS if key not in case] if isinstance(case, dict) else ["image"]
-    if missing:
-        raise InputError(f"{path}: not a preprocessed case (no {missing[0]!r}). Make it with preprocess_brats.py.")
+    case = load_tensors(path)
+    if wrong := misfit(case, CASE):
+        raise InputError(f"{path}: not a preprocessed case ({wrong}). Make it with preprocess_brats.py.")
     if tuple(case["modalities"]) != MODALITIES:
         raise InputError(f"{path}: channels {tuple(case['modalities'])}, expected {MODALITIES}. Preprocess again.")
     image, label = case["image"], case.get("label")
-    if image.ndim != 4 or len(image) != len(MODALITIES) or (label is not None and label.shape[1:] != image.shape[1:]):
-        raise InputError(f"{path}: image {tuple(image.shape)} is not [4, D, H, W] with a label to match.")
+    if image.ndim != 4 or len(image) != len(MODALITIES) or not image.is_floating_point():
+        raise InputError(f"{path}: image {tuple(image.shape)} of {image.dtype} is not [4, D, H, W]. Preprocess again.")
+    if label is not None and (label.shape != (1, *image.shape[1:]) or label.dtype not in (torch.uint8, torch.int64)):
+        raise InputError(f"{path}: label {tuple(label.shape)} of {label.dtype} is not [1, D, H, W]. Preprocess again.")
+    if case["geometry"]["network_size"] != list(image.shape[1:]):
+        raise InputError(f"{path}: its geometry is that of another image. Preprocess again.")
     if not as_stored:
         case["image"] = image.float()
         if label is not None:
@@ -122,7 +167,7 @@ def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, lis
                 "(labelled patients to train, to validate and to test are needed). Run preprocess_brats.py again."
             )
         raise InputError(f"{data}: no preprocessed cases here. Make them with preprocess_brats.py.")
-    splits = json.loads(path.read_text())
+    splits = read_json(path, SPLITS)
     if fold is None:
         return {name: splits[name] for name in ("train", "validation", "test")}
     if fold == "all":
@@ -155,7 +200,8 @@ def refuse_leaks(data: str | Path, split: dict[str, list[str]]):
 def manifest_checksum(data: str | Path) -> str:
     """What identifies a preprocessed data set: the SHA-256 over its settings and its cases' checksums."""
     manifest = read_manifest(data)
-    sums = {name: entry.get("crc32") or entry["sha256"] for name, entry in manifest["cases"].items()}  # SHA: version 1
+    # The checksum of version 1 was a SHA-256.
+    sums = {name: entry.get("crc32") or entry.get("sha256") for name, entry in manifest["cases"].items()}
     # Before there was a choice of "normalize", the settings did not name it: the same data keep their checksum.
     settings = {k: value for k, value in manifest["settings"].items() if (k, value) != ("normalize", "percentile")}
     identity = [settings, sums]
@@ -173,8 +219,8 @@ def read_manifest(data: str | Path) -> dict:
     """manifest.json of a preprocessed folder; InputError where there is none."""
     path = Path(data) / "manifest.json"
     if not path.is_file():
-        raise InputError(f"{path}: missing. Preprocess again with preprocess_brats.py.")
-    return json.loads(path.read_text())
+        raise InputError(f"{path}: missing. Name a folder made by preprocess_brats.py.")
+    return read_json(path, MANIFEST)
 
 
 # ---- where the cases are kept --------------------------------------------------------------------------------------

@@ -5,16 +5,19 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from models.errors import InputError
+from models.memory import free_ram_bytes
 
 DTYPES = {
     "float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
@@ -49,6 +52,19 @@ def keep_freed_memory(keep: bool = True):
     # Without mapped blocks, never trimmed, growing by 256 MiB at a time; or glibc's defaults.
     for parameter, kept, default in ((M_MMAP_MAX, 0, 65536), (M_TRIM_THRESHOLD, -1, 2**17), (M_TOP_PAD, 2**28, 2**17)):
         library.mallopt(parameter, kept if keep else default)
+
+
+def why_not_compile(device: torch.device, ahead_of_time: bool = False) -> str | None:
+    """Why torch.compile cannot be used on this machine, or None if it can."""
+    cuda = device.type == "cuda"
+    if cuda and find_spec("triton") is None:
+        return "torch.compile on CUDA needs the package triton"
+    if cuda and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "no C compiler was found, which triton needs: install gcc or clang, or name one in CC"
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if (ahead_of_time or not cuda) and not any(map(shutil.which, compilers)):
+        return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
+    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -202,38 +218,3 @@ def peak_memory_gib(device: torch.device) -> float:
 def free_memory_bytes(device: torch.device) -> float:
     """What can still be allocated on a GPU, or in the memory of this machine (see `free_ram_bytes`)."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram_bytes()
-
-
-def free_ram_bytes(root: Path = Path("/")) -> float:
-    """Memory that this process can still take: what the system has available or what its cgroup (version 1 or 2), or
-    one around it, still allows, whichever is less. A container limits its memory by a cgroup and shows the whole
-    machine's. nan where the system does not say."""
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():
-        return math.nan
-    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1])
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":  # version 2
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = mount / group.strip("/")
-        for level in (folder, *folder.parents):
-            # In a container the path can be that of the host: what is not there is skipped.
-            if level.is_relative_to(mount) and (level / names[0]).exists():
-                free = min(free, _left_in_cgroup(level, *names))
-    return free
-
-
-def _left_in_cgroup(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> float:
-    limit = (folder / limit_name).read_text().strip()
-    if limit == "max":
-        return math.inf
-    # Files that were read count as usage, but give way.
-    cache = re.search(rf"^{cache_name} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-    return max(0, int(limit) - int((folder / usage_name).read_text()) + int(cache[1] if cache else 0))

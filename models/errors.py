@@ -17,7 +17,7 @@ class InputWarning(UserWarning):
         return ": ".join(map(str, self.args))
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of an exception in one line of at most `limit` characters."""
+def one_line(error, limit: int = 300) -> str:
+    """The text of an exception, or of another value, in one line of at most `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -5,9 +5,11 @@ import io
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from models.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
@@ -54,7 +56,21 @@ def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable
     memory."""
     with whole_file(path, durable) as file:
         for part in [data] if isinstance(data, bytes | memoryview | str) else data:
-            file.write(part.encode() if isinstance(part, str) else part)
+            file.write(part.encode(errors="backslashreplace") if isinstance(part, str) else part)
+
+
+def make_writable(folder: Path):
+    """Make a folder, and see that files can be written there: before the work starts, not after it. InputError where
+    they cannot."""
+    trial = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"0")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}). Choose another folder.") from None
+    finally:
+        with suppress(OSError):
+            trial.unlink()
 
 
 def write_csv(path: Path, rows: list[dict]):

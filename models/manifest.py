@@ -16,6 +16,7 @@ from pathlib import Path
 from models.brats import patient_of
 from models.errors import InputError
 from models.files import remove_temporaries, write_atomically
+from models.records import MANIFEST_ENTRY, read_json
 
 
 def manifest_path(out: Path, shard: tuple[int, int] | None = None) -> Path:
@@ -223,18 +224,18 @@ def _shard_paths(out: Path) -> list[Path]:
 
 def _read(path: Path) -> dict | None:
     """A manifest as it was written; None where there is none, or another shard has just removed it."""
+    whose = {"run": {"settings": dict}} if "-shard-" in path.name else {"settings": dict}
+    form = whose | {"versions": dict, "cases": {str: MANIFEST_ENTRY}, "failures?": {str: str}}
     try:
-        manifest = json.loads(path.read_text())
-        settings = manifest.get("settings") or manifest["run"]["settings"]
-        if isinstance(manifest["cases"], dict) and settings:
-            settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
-            return manifest
+        manifest = read_json(path, form)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        pass
-    print(f"{path} cannot be read: its cases are made again.")
-    return None
+    except InputError:
+        print(f"{path} cannot be read: its cases are made again.")
+        return None
+    settings = manifest.get("settings") or manifest["run"]["settings"]
+    settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
+    return manifest
 
 
 def _versions() -> dict[str, str]:

@@ -3,8 +3,10 @@
 import gzip
 import io
 import logging
+import math
 import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
@@ -18,11 +20,15 @@ from nibabel.wrapstruct import WrapStructError
 
 from models.errors import InputError, InputWarning, one_line
 from models.files import write_atomically
+from models.memory import free_ram_bytes
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
 
 GZIP = b"\x1f\x8b"  # how a gzip member begins
+HEADER_BYTES = 348
+LARGEST_COMPRESSION = 1032  # of the gzip format: a file that promises more is not whole
 SAME_AFFINE = 1e-2  # mm that the elements of two affines may differ by: headers are rounded
+LARGEST_EXTENT_MM = 2000  # of a volume along an axis: larger than any scanner, and the grid of 1 mm fits into memory
 
 # ---- grids ---------------------------------------------------------------------------------------------------------
 
@@ -74,35 +80,75 @@ def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.nda
     after the third are left out.
 
     The voxels are `into`, an array laid out as in a file, where that has their shape and stored type: large arrays cost
-    the system as much time to hand out as the processor to fill.
+    the system as much time to hand out as the processor to fill. InputError for a file that is damaged or holds
+    something else, before memory is taken for what its header promises.
     """
     path = Path(path)
-    try:
+    with _told_as_input_error(path):
         with path.open("rb") as file:
             if file.peek(2)[:2] != GZIP:
-                header, voxels = _read_stream(file, into)
+                header, voxels = _read_stream(file, path, into)
             else:
                 try:
-                    header, voxels = _read_stream(igzip.IGzipFile(fileobj=file), into)
+                    header, voxels = _read_stream(igzip.IGzipFile(fileobj=file), path, into)
                 except (EOFError, gzip.BadGzipFile):
-                    header, voxels = _read_stream(igzip.IGzipFile(fileobj=_whole_members(path)), into)
+                    header, voxels = _read_stream(igzip.IGzipFile(fileobj=_whole_members(path)), path, into)
+        affine = _checked_affine(path, header)
+        slope, intercept = header.get_slope_inter()
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused by those who use them
+            return apply_read_scaling(voxels, slope, intercept), affine
+
+
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.dtype, np.ndarray]:
+    """Shape, type and affine [4, 4] in mm of what `read_nifti` would read, from the header alone."""
+    path = Path(path)
+    with _told_as_input_error(path), path.open("rb") as file:
+        header = _read_header(igzip.IGzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, path)
+        scaled = header.get_slope_inter() not in ((None, None), (1, 0))
+        dtype = np.dtype(float) if scaled else header.get_data_dtype()
+        return header.get_data_shape(), dtype, header.get_best_affine()
+
+
+@contextmanager
+def _told_as_input_error(path: Path):
+    """Whatever a file that is not as it should be makes the libraries raise, as one line that names it."""
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise InputError(f"{path}: not a file. Name a .nii or .nii.gz file.")
+    try:
+        yield
+    except InputError:
+        raise
     except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged ({one_line(error)}). Download or copy it again.") from None
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, ArithmeticError) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)}).") from None
+    except MemoryError:
+        raise InputError(f"{path}: there is too little memory for its voxels. Close other programs.") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
-    affine = header.get_best_affine()
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-6 or not np.isfinite(affine).all():
-        raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
-    _warn_of_doubtful_place(path, header)
-    slope, intercept = header.get_slope_inter()
-    return apply_read_scaling(voxels, slope, intercept), affine
 
 
-def _read_stream(stream, into: np.ndarray | None) -> tuple[nibabel.Nifti1Header, np.ndarray]:
-    header = nibabel.Nifti1Header.from_fileobj(stream)
-    stream.seek(header.get_data_offset())
+def _read_header(stream, path: Path) -> nibabel.Nifti1Header:
+    """The header, without the extensions that may follow it; refused where it promises what cannot be."""
+    header = nibabel.Nifti1Header(stream.read(HEADER_BYTES))
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if header["magic"].item() != header.single_magic:
+        raise ValueError("its voxels are in another file, .img: convert the pair to a .nii file")
+    if dtype.kind not in "iuf":
+        raise ValueError("its voxels are colours or complex numbers")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"its header says the shape {shape}")
+    promised, stored = math.prod(map(int, shape)) * dtype.itemsize, path.stat().st_size
+    if promised > stored * (LARGEST_COMPRESSION if isinstance(stream, igzip.IGzipFile) else 1):
+        raise EOFError(f"its header promises {promised / 2**30:.3g} GiB of voxels, and the file has {stored} bytes")
+    if promised > (free := free_ram_bytes()):
+        raise InputError(f"{path}: its voxels take {promised / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free.")
+    return header
+
+
+def _read_stream(stream, path: Path, into: np.ndarray | None) -> tuple[nibabel.Nifti1Header, np.ndarray]:
+    header = _read_header(stream, path)
+    stream.seek(max(header.get_data_offset(), header.single_vox_offset))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -110,8 +156,8 @@ def _read_stream(stream, into: np.ndarray | None) -> tuple[nibabel.Nifti1Header,
     voxels = into if fits else np.empty(shape, dtype, order="F")
     if stream.readinto(voxels.ravel("K").view(np.uint8)) < voxels.nbytes:
         raise EOFError("the voxels end too early")
-    while stream.read(2**20):  # to the end, where igzip checks the CRC: a truncated or altered file cannot pass
-        pass
+    while isinstance(stream, igzip.IGzipFile) and stream.read(2**20):
+        pass  # to the end, where igzip checks the CRC: a truncated or altered file cannot pass
     return header, voxels
 
 
@@ -119,28 +165,43 @@ def _whole_members(path: Path) -> io.BytesIO:
     """A compressed file without what follows its last gzip member, such as a web server's closing line. Raises
     EOFError or zlib.error where a member is damaged."""
     data = path.read_bytes()
-    rest, end = data, 0
-    while rest[:2] == GZIP:
-        member, tail = zlib.decompressobj(wbits=31), rest
+    start = end = 0
+    while data[start : start + 2] == GZIP:
+        member, place = zlib.decompressobj(wbits=31), start
         while not member.eof:
-            if not member.decompress(tail, 2**24) and not member.eof:
+            if place >= len(data):
                 raise EOFError("the compressed data end too early")
-            tail = member.unconsumed_tail
-        rest = member.unused_data
-        end = len(data) - len(rest)
-        rest = rest.lstrip(b"\0")
+            member.decompress(data[place : place + 2**16])  # a little at a time: it can be a thousand times as much
+            place += 2**16
+        start = end = min(place, len(data)) - len(member.unused_data)
+        while data[start : start + 1] == b"\0":
+            start += 1
     return io.BytesIO(data[:end])
 
 
-def _warn_of_doubtful_place(path: Path, header):
-    """A NIfTI header places its voxels twice, or not at all."""
-    sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+def _checked_affine(path: Path, header) -> np.ndarray:
+    """Voxel to mm [4, 4]; refused where it cannot be that of a head. A header says it twice, or not at all."""
+    affine = header.get_best_affine()
+    with np.errstate(all="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)  # mm
+        if not (abs(np.linalg.det(affine[:3, :3])) >= 1e-6 and np.isfinite(affine).all()):
+            raise InputError(f"{path}: its affine is singular: its voxels have no place in space. Repair the header.")
+        extent = max(size * count for size, count in zip(sizes, header.get_data_shape(), strict=False))
+    if extent > LARGEST_EXTENT_MM:
+        raise InputError(f"{path}: says that its voxels are {' x '.join(f'{size:.4g}' for size in sizes)} mm large, "
+                         f"{extent / 1e3:.3g} m in all. Repair the header, or its units.")  # fmt: skip
+    sform = header.get_sform(coded=True)[0]
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except (HeaderDataError, ValueError):  # no rotation; where there is a sform, nobody needs it
+        qform = np.full((4, 4), np.nan)
     if sform is None and qform is None:
         text = "sform and qform codes are 0, so nothing says which side is left"
         warnings.warn(InputWarning(path.name, text), stacklevel=4)
     elif sform is not None and qform is not None and not np.allclose(sform, qform, atol=SAME_AFFINE):
         text = f"sform {describe_affine(sform)} and qform {describe_affine(qform)} disagree; the sform is used"
         warnings.warn(InputWarning(path.name, text), stacklevel=4)
+    return affine
 
 
 def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ and index give the same case, whatever the number of cases.
 
 import argparse
 import json
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -21,6 +20,7 @@ from isal import igzip
 from scipy import ndimage
 from tqdm import tqdm
 
+from models.cli import usable_cpus
 from models.files import write_atomically
 
 SHAPE = (240, 240, 155)  # BraTS's grid
@@ -274,7 +274,7 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
 def write_cases(out: Path, cases: int, seed: int, layout: str):
     """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
     out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(min(cases, os.cpu_count() or 1), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(cases, usable_cpus()), get_context("spawn")) as pool:
         futures = [pool.submit(write_case, out, layout, seed, index) for index in range(cases)]
         names = [future.result() for future in tqdm(futures, unit="case")]
     if layout == "msd":

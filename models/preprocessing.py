@@ -24,6 +24,7 @@ from models.nifti import native_axes, spacing_of, to_ras
 PERCENTILES = (0.5, 99.5)  # of a modality's non-zero voxels: the intensities that become 0 and 1 by default
 LABELS_OF_REGIONS = {"WT": 2, "TC": 1, "ET": 3}  # what a voxel of a region is, each overriding those before it
 SLAB, COLUMNS = 16, 1024  # planes and columns that are interpolated at a time: what a core's cache holds
+COUNTED_AT_A_TIME = 2**22  # voxels
 
 
 def to_network(
@@ -241,7 +242,10 @@ def _foreground_histogram(voxels: torch.Tensor) -> tuple[int, np.ndarray]:
     """The lowest value of int16 voxels (0 at most), and how many have it and each of the values that follow; of 0,
     which is background, none."""
     lowest = min(0, int(voxels.min()))
-    counts = torch.bincount(voxels.view(-1) if lowest == 0 else voxels.view(-1).int().sub_(lowest)).numpy()
+    count = max(0, int(voxels.max())) - lowest + 1
+    # In parts, because torch counts a copy of 64 bits a voxel.
+    parts = (part if lowest == 0 else part.int().sub_(lowest) for part in voxels.view(-1).split(COUNTED_AT_A_TIME))
+    counts = sum(torch.bincount(part, minlength=count) for part in parts).numpy()
     counts[-lowest] = 0
     return lowest, counts
 
@@ -288,10 +292,17 @@ def _ras_box(box: list[tuple[int, int]], geometry: dict) -> list[tuple[int, int]
 def _resample(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarray]) -> torch.Tensor:
     """[A, B, C] normalised and interpolated linearly at the product grid of `positions`, among foreground voxels alone;
     background where the nearest voxel is background. Halfway to the background lies no tissue."""
-    foreground = (voxels != 0).float()[None]
-    value = _sample(normalise(voxels, window, clip)[None], positions, "linear")
-    share = _sample(foreground, positions, "linear")  # at least 1/8 where the nearest voxel is foreground
-    return value.div_(share.clamp_(min=0.1)).mul_(_sample(foreground, positions, "nearest"))[0]
+    first, *others = positions
+    result = torch.empty([len(position) for position in positions])
+    for start in range(0, len(first), SLAB):  # at once, a large volume would take several times its own memory
+        place = first[start : start + SLAB]
+        low, high = max(0, math.floor(place[0])), math.ceil(place[-1]) + 1
+        slab, places = voxels[low:high], [place - low, *others]
+        foreground = (slab != 0).float()[None]
+        value = _sample(normalise(slab, window, clip)[None], places, "linear")
+        share = _sample(foreground, places, "linear")  # at least 1/8 where the nearest voxel is foreground
+        result[start : start + SLAB] = value.div_(share.clamp_(min=0.1)).mul_(_sample(foreground, places, "nearest"))[0]
+    return result
 
 
 def _resize(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarray], out: torch.Tensor):

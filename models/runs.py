@@ -20,12 +20,12 @@ import torch
 
 from models import NETWORKS, build_model, cost, with_defaults
 from models.brats import MODALITIES
-from models.dataset import manifest_checksum, preprocessing_of_cases
+from models.dataset import load_tensors, manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
 from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
+from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_json
 
-CHECKPOINT_FORMAT = 2  # in 1, dice_mean was the mean over cases, not that of their pooled voxels
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
 ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
@@ -88,12 +88,7 @@ def open_run(path: str | Path) -> Run:
 def read_record(folder: Path) -> dict:
     """What config.json says; empty where there is none: a checkpoint can be used without its folder."""
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({one_line(error, 80)}).") from None
+    return read_json(path, RECORD) if path.is_file() else {}
 
 
 def _preprocessing(record: dict) -> dict | None:
@@ -110,7 +105,10 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     """
     path = _checkpoint_file(path)
     checkpoint = load_checkpoint(path)
-    model = build_model(checkpoint["network"], **checkpoint["config"])
+    try:
+        model = build_model(checkpoint["network"], **checkpoint["config"])
+    except Exception as error:  # whatever a network makes of settings that are none
+        raise InputError(f"{path}: its settings build no network ({one_line(error, 160)}).") from None
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), checkpoint
 
@@ -141,12 +139,9 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
     rest alone, the weights are not read; the file must not be written to while the dict is alive."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        raise InputError(f"{path}: damaged or no checkpoint ({one_line(error, 80)}).") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") not in (1, CHECKPOINT_FORMAT):
-        raise InputError(f"{path}: not a checkpoint of this project's training scripts.")
+    checkpoint = load_tensors(path, mmap)
+    if wrong := misfit(checkpoint, CHECKPOINT):
+        raise InputError(f"{path}: not a checkpoint of this project's training scripts ({wrong}).")
     if tuple(checkpoint["modalities"]) != MODALITIES:
         raise InputError(f"{path}: trained on the channels {tuple(checkpoint['modalities'])}, not {MODALITIES}.")
     return checkpoint
@@ -155,7 +150,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
 def load_weights(model, checkpoint: dict, path: Path):
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # RuntimeError for weights of another network, anything for what is none
         reason = one_line(error, 160)
         raise InputError(f"{path}: its weights do not fit {model.network} {model.config}: {reason}") from None
 

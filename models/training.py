@@ -5,6 +5,7 @@ every epoch, and last.pt within epochs, too.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -35,6 +36,7 @@ from models.device import (
     rank,
     resolve_amp,
     synchronise,
+    why_not_compile,
     world_size,
 )
 from models.errors import InputError
@@ -116,7 +118,16 @@ def resolve(
     amp = earlier["arguments"]["amp"] if earlier and settings.amp == "auto" else settings.amp
     measured = not settings.deterministic
     amp = choose_amp(amp, model, settings.batch_size, size, device) if measured else resolve_amp(amp, device)
-    return replace(settings, cache=cache, workers=workers, amp=amp)
+    compiled = settings.compile and can_compile(device)
+    return replace(settings, cache=cache, workers=workers, amp=amp, compile=compiled)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether --compile can be used here; where not, says in one line why."""
+    reason = why_not_compile(device)
+    if reason and rank() == 0:
+        print(f"Warning: --compile: {reason}. Training without it.", file=sys.stderr)
+    return not reason
 
 
 def choose_amp(amp: str, model, batch_size: int, size: list[int], device: torch.device) -> str:

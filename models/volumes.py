@@ -14,6 +14,7 @@ from models.nifti import describe_affine, onto_grid, read_label, read_nifti
 
 LARGEST_BRAIN_ML = 2300  # of what is not background; a head with its skull and scalp has a litre more
 LARGEST_SHARE_IN_CORNERS = 0.01  # of voxels that are not background: no brain reaches into a corner, noise does
+LARGEST_INTENSITY = 1e30  # beyond it, sums overflow
 SAME_BACKGROUND = 1e-5  # of the range of intensities: how far a constant background may be spread by rounding
 
 
@@ -114,8 +115,8 @@ def _fit(case: Case, path: Path, voxels, affine, reference: Path, shape, referen
 
 
 def _refuse_bad_voxels(voxels: np.ndarray, path):
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise InputError(f"{path}: holds NaN or infinite voxels. Repair or leave out this case.")
+    if voxels.dtype.kind == "f" and not (voxels.min() > -LARGEST_INTENSITY and voxels.max() < LARGEST_INTENSITY):
+        raise InputError(f"{path}: holds NaN, infinite or absurdly large voxels. Repair or leave out this case.")
     if not voxels.any():
         raise InputError(f"{path}: every voxel is zero. Repair or leave out this case.")
 

@@ -17,7 +17,7 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
            "benchmark_inference"]  # fmt: skip
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
-    {"errors", "files", "interruption", "cli", "device", "timing"},
+    {"errors", "files", "interruption", "cli", "memory", "records", "device", "timing"},
     {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
      "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
@@ -133,7 +133,8 @@ def test_every_flag_is_read(script, monkeypatch):
 
 
 def test_every_setting_of_a_training_is_read():
-    read = names_read((ROOT / "models/training.py").read_text(encoding="utf-8"), "settings")
+    files = [ROOT / "models" / name for name in ("training.py", "checkpoints.py")]
+    read = set().union(*(names_read(file.read_text(encoding="utf-8"), "settings") for file in files))
     assert {field.name for field in fields(Settings)} == read
 
 

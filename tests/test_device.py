@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from models.device import (
-    free_ram_bytes,
     inference_dtype,
     native_dtypes,
     peak_memory_gib,
     reset_peak_memory,
     resolve_amp,
 )
+from models.memory import free_ram_bytes
 
 CPU = torch.device("cpu")
 

@@ -384,7 +384,7 @@ def begun(tensors, tmp_path_factory):
     ("flags", "named"),
     [
         (["--fold", 2], r"--fold 2 \(the run: 1\)"),
-        (["--learning-rate", 0.5], r"--learning-rate 0.5 \(the run: 0.001\)"),
+        (["--learning-rate", 0.5], r"--learning-rate 0.5 \(the run: 0.003\)"),
         (["--batch-size", 2, "--accumulate", 3], r"--batch-size 2 \(the run: 1\), --accumulate 3 \(the run: 1\)"),
         (["--noise-sd", 0.3], "--noise-sd 0.3"),
         (["--amp", "bf16"], "--amp bf16"),

@@ -13,6 +13,7 @@ import torch
 from models.benchmark.profiling import floor_ms
 from models.benchmark.worker import MONAI, DeviceSpeed, Job, Result
 from models.device import DTYPES, device_name
+from models.errors import InputError, one_line
 from models.files import git_commit, write_csv
 
 
@@ -138,11 +139,14 @@ def read_table(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     kinds = {field.name: next(iter(get_args(field.type)), field.type) for field in fields(Row)}  # float of float | None
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: kind(row[name]) if row.get(name) else None for name, kind in kinds.items()})
-            for row in csv.DictReader(file)
-        ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                Row(**{name: kind(row[name]) if row.get(name) else None for name, kind in kinds.items()})
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}: damaged ({one_line(error, 80)}). Repair it, or name another --out.") from None
 
 
 def write_table(path: Path, rows: list[Row]):

@@ -1,6 +1,5 @@
 """The cases that are scored, one at a time and read ahead: preprocessed or raw ones, and what they must fit."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from models.cases import Case, scheme_of
-from models.dataset import load_case
+from models.dataset import load_case, read_manifest
 from models.errors import InputError
 from models.labels import to_training_labels
 from models.nifti import describe_affine, onto_grid, read_label, to_ras
@@ -80,7 +79,7 @@ def raw_item(case: Case, preprocessing: dict) -> Item:
 def segmented(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dict[str, Case]:
     """Case -> the raw case that its tensor in `data` was made from. InputError where it or its segmentation is missing,
     or any file of it has another size than when the tensor was made."""
-    entries = json.loads((data / "manifest.json").read_text())["cases"]
+    entries = read_manifest(data)["cases"]
     found = {}
     for name in names:
         if name not in raw:

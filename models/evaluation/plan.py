@@ -141,6 +141,9 @@ def choose_cases(runs: list[Run], data: Path | None, split: str) -> tuple[Path, 
             raise InputError(f"{run.folder}: does not say which cases it was trained on. Name some with --data or "
                              "--cases.")  # fmt: skip
         folder = data or run.data
+        if not (data or folder.is_dir()):
+            raise InputError(f"{run.folder}: the cases that it was trained on are not at {folder}. Say where they are "
+                             "with --data, or predict raw cases with --cases.")  # fmt: skip
         checksum = manifest_checksum(folder)
         if run.data_sha256 not in (checksum, None):
             print(f"Note: {folder} is not what {run.folder} was trained on (its manifest differs).")
@@ -219,12 +222,16 @@ def input_shape(part: Part) -> tuple[int, ...]:
 
 
 def training_minutes(runs: list[Run]) -> float | None:
-    """Of all together, as their train.csv say; None where one is missing."""
+    """Of all together, as their train.csv say; None where one is missing or damaged."""
     minutes = 0.0
     for run in runs:
         log = run.folder / "train.csv"
         if not log.is_file():
             return None
-        with log.open(newline="") as file:
-            minutes += sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+        try:
+            with log.open(newline="", encoding="utf-8") as file:
+                minutes += sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+        except (ValueError, KeyError, TypeError, csv.Error):
+            print(f"Note: {log} is damaged, so the minutes of training are not known.")
+            return None
     return minutes

@@ -1,13 +1,11 @@
 """Which engines and number types this machine can run a network in, and why not the others."""
 
-import os
-import shutil
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
-from models.device import DTYPES, native_dtypes
+from models.device import DTYPES, native_dtypes, why_not_compile
 from models.errors import InputError
 
 ENGINES = {
@@ -38,19 +36,10 @@ def why_not(engine: str, dtype: str, device: torch.device, model: nn.Module) -> 
     if engine == "cudagraph" and not cuda:
         return "CUDA graphs need a CUDA device"
     if engine in ("compile", "cudagraph", "aot"):
-        return _why_not_compile(cuda, ahead_of_time=engine == "aot")
+        return why_not_compile(device, ahead_of_time=engine == "aot")
     if engine == "openvino":
         return _why_not_openvino(dtype, device)
     return _why_not_onnx(dtype, cuda) if engine == "onnx" else None
-
-
-def _why_not_compile(cuda: bool, ahead_of_time: bool) -> str | None:
-    if cuda and find_spec("triton") is None:
-        return "torch.compile on CUDA needs the package triton"
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if (ahead_of_time or not cuda) and not any(map(shutil.which, compilers)):
-        return "no C++ compiler was found: install g++ or clang++, or name one in CXX"
-    return None
 
 
 def _why_not_onnx(dtype: str, cuda: bool) -> str | None:

@@ -10,7 +10,6 @@ of the clock, and of the processor, which other programs disturb less. Rows are 
 """
 
 import argparse
-import os
 import sys
 import time
 from datetime import date
@@ -24,6 +23,7 @@ from monai import transforms as mt
 from monai.data.utils import list_data_collate
 
 from models.augment import augment
+from models.cli import usable_cpus
 from models.device import device_name
 from models.files import git_commit
 
@@ -64,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--cases", type=int, default=60)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, usable_cpus()])
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     rows = []
