@@ -4,11 +4,14 @@
 import argparse
 import os
 import sys
+import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from models.errors import InputError, InputWarning
+from models.errors import InputError, InputWarning, one_line
+
+TORCHRUN_S = 3.0  # in which torchrun ends the others after one has ended with an error
 
 
 def run(main):
@@ -28,8 +31,28 @@ def run(main):
         if "--debug" in sys.argv:
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        sys.exit(2)
+        _end(text, 2)
+    except RuntimeError as error:
+        if "--debug" in sys.argv or not _misses_a_process(error):
+            raise
+        _end(f"another process of this job has ended or no longer answers ({one_line(error, 160)}). If it left no "
+             "message, it was probably killed. A training goes on with --resume.", 1)  # fmt: skip
+
+
+def _end(text, status: int):
+    """Say what is wrong and end; most errors are those of all processes, of which the first says it."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(TORCHRUN_S)
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(status)  # the threads of torch.distributed, which still wait for the others, abort an orderly end
+    sys.exit(status)
+
+
+def _misses_a_process(error: RuntimeError) -> bool:
+    """Whether it is what torch.distributed raises where a message from another process does not come: of gloo only the
+    text says so."""
+    return "/gloo/" in str(error) or type(error).__name__.startswith("Dist")
 
 
 def _show_warning(message, category, *where, show=warnings.showwarning, **more):
@@ -98,8 +121,10 @@ def add_device_arguments(parser):
 
 
 def usable_cpus() -> int:
-    """The processors that this process may run on: a job on a shared machine often has only some of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors that this process may run on, of which a job on a shared machine often has only some, divided by
+    the processes that torchrun started beside it."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def add_engine_argument(parser):
@@ -168,7 +193,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
                               "not from random ones")
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
-                              "and what changes the speed alone may differ from what it began with")
+                              "the number of processes and what changes the speed alone may differ from what it began "
+                              "with; --batch-size and --accumulate, if an update takes as many cases as before")
 
 
 def settings_of(args: argparse.Namespace, kind: type):

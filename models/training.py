@@ -4,7 +4,6 @@ after every epoch, and what `test` finds at the end.
 """
 
 import math
-import os
 import random
 import time
 from copy import deepcopy
@@ -28,6 +27,7 @@ from models.device import (
     AMP_DTYPES,
     choose_device,
     decided_once,
+    join_processes,
     native_dtypes,
     peak_memory_gib,
     rank,
@@ -78,12 +78,7 @@ class Settings:
 
 def setup(wanted_device: str, seed: int) -> torch.device:
     """Choose the device, join the other processes where torchrun started several, seed, and let cuDNN tune itself."""
-    device = choose_device(wanted_device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = join_processes(choose_device(wanted_device))
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape: the search pays in the first epoch
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
