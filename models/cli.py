@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
@@ -31,19 +32,26 @@ def run(main):
         if "--debug" in sys.argv:
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
-        _end(text, 2)
+        _say_error(text)
+        _end(2)
     except RuntimeError as error:
         if "--debug" in sys.argv or not _misses_a_process(error):
             raise
-        _end(f"another process of this job has ended or no longer answers ({one_line(error, 160)}). If it left no "
-             "message, it was probably killed. A training goes on with --resume.", 1)  # fmt: skip
+        reason = re.sub(r"^\[\S+\] ", "", one_line(error, 160))  # without the line of gloo's source
+        _say_error(f"another process of this job has ended or no longer answers ({reason}). If it left no message, it "
+                   "was probably killed. A training goes on with --resume.")  # fmt: skip
+        time.sleep(TORCHRUN_S)  # torchrun calls the first that it misses the cause
+        _end(1)
 
 
-def _end(text, status: int):
-    """Say what is wrong and end; most errors are those of all processes, of which the first says it."""
+def _say_error(text):
+    """Most errors are those of all processes: the first says it, and the others if torchrun does not end them then."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(TORCHRUN_S)
     print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+
+
+def _end(status: int):
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(status)  # the threads of torch.distributed, which still wait for the others, abort an orderly end
     sys.exit(status)

@@ -166,7 +166,11 @@ def join_processes(device: torch.device, backend: str | None = None, patience: t
                              f"{gpus}.")  # fmt: skip
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=patience)
+    store, own_rank, processes = next(dist.rendezvous("env://", timeout=patience))
+    # Processes that torchrun starts again get the store of those that have ended, and would find their addresses in it.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, timeout=patience, store=store, rank=own_rank, world_size=processes)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device

@@ -170,8 +170,9 @@ def restarted(folder: Path) -> bool:
     """Whether this is the training of that folder, which torchrun has started again after one of its processes ended,
     and there is an epoch to go on after. That of an earlier command is another training, though its name is the same.
     """
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder / "last.pt").is_file()
-    return decided_once(lambda: again and latest(read_record(folder)).get("torchrun_id") == torchrun_id())
+    ours = torchrun_id()
+    begun = ours is not None and (folder / "last.pt").is_file()
+    return decided_once(lambda: begun and latest(read_record(folder)).get("torchrun_id") == ours)
 
 
 @contextmanager
