@@ -9,6 +9,7 @@ Several runs are compared on the same cases. The folds of a cross-validation (--
 row of the tables, every case being scored by the run that has not seen it.
 
   python evaluate.py models/unet/results/RUN
+  torchrun --nproc-per-node 4 evaluate.py models/unet/results/RUN   (the cases shared among four GPUs)
   python evaluate.py models/unet/results/RUN models/swinunetr/results/RUN --ensemble --tta
   python evaluate.py models/unet/results/fold0 models/unet/results/fold1 models/unet/results/fold2
   python evaluate.py models/unet/results/RUN --cases FOLDER --save-nifti predictions   (raw cases, truth or no truth)
@@ -16,13 +17,15 @@ row of the tables, every case being scored by the run that has not seen it.
 """
 
 import sys
-from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 from models import cli
 from models.brats import LABEL_SCHEMES
 from models.errors import InputError
 from models.files import make_writable
+
+PATIENCE = timedelta(days=7)  # of a process that is done with its cases and waits for those of another
 
 
 def arguments():
@@ -75,22 +78,25 @@ def main() -> int:
     refuse_flags(args)
     from tqdm import tqdm
 
-    from models.device import choose_device
+    from models.device import choose_device, join_processes, rank
     from models.evaluation import jobs, outputs
     from models.evaluation.scoring import scored
 
     options, failures = cli.settings_of(args, jobs.Options), {}
-    device = choose_device(args.device)
+    device = join_processes(choose_device(args.device), "gloo", PATIENCE)
     work = jobs.of_label_maps(options) if args.predictions else jobs.of_runs(options, device)
     out = args.out or default_out(args, work)
     make_writable(out)
     for entry in work.entries if args.save_nifti else ():
         make_writable(jobs.nifti_folder(options, work.entries, entry))
-    count = sum(len(entry.cases) for entry in work.entries)
+    jobs.make_ready(work, options, device)
+    count = sum(len(part.share) for entry in work.entries for part in entry.parts)
     processes = min(args.workers, count // 4)  # each takes seconds to start
-    kept = defaultdict(list)
-    for each in tqdm(scored(jobs.jobs_of(work, failures if args.cases else None), processes), total=count, unit="case"):
-        kept[each.run].append(each)
+    done = scored(jobs.jobs_of(work, failures if args.cases else None), processes)
+    done = list(tqdm(done, total=count, unit="case", disable=rank() > 0))
+    kept = jobs.brought_together(work, done, failures)
+    if rank() > 0:
+        return 0
     summary = outputs.write_all(out, work, kept, options, failures)
     print_tables(summary)
     for name, reason in sorted(failures.items()):

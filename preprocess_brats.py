@@ -45,7 +45,7 @@ def arguments():
                         help="what the raw label values mean, where the names of the cases do not say")
     parser.add_argument("--same-voxels", action="store_true", help="the files of a case share one grid, even if their "
                         "affines disagree; that of T1 counts")
-    parser.add_argument("--workers", type=cli.positive_int, default=usable_cpus(),
+    parser.add_argument("--workers", type=cli.positive_int, default=cli.usable_cpus(),
                         help="processes, or fewer if the memory is too small for what each takes at most: 0.6 GiB for "
                              "the volumes of BraTS, more for larger ones")
     parser.add_argument("--compact", action="store_true", help="store float16 and uint8: 19 MB a case instead of 50")
@@ -68,11 +68,6 @@ def share_of_test(text: str) -> float:
     if share > 0.8:
         raise ArgumentTypeError(f"{text} leaves too few patients to train on; 0.8 is the most")
     return share
-
-
-def usable_cpus() -> int:
-    """Those that this process may use, shared with the processes that torchrun started beside it."""
-    return max(1, cli.usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ def main() -> int:
     if args.init and not args.resume:
         runs.load_initial_weights(model, args.init)
     folder = runs.choose_folder(model.network, args.run_name)
+    args.resume |= runs.restarted(folder)
     with runs.locked(folder):
         earlier = runs.record_to_resume(folder, model, vars(args), split)
         settings = cli.settings_of(args, training.Settings)

@@ -3,14 +3,18 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
+import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from models.errors import InputError, InputWarning
+from models.errors import InputError, InputWarning, one_line
 from models.records import is_name
+
+TORCHRUN_S = 3.0  # in which torchrun ends the others after one has ended with an error
 
 
 def run(main):
@@ -33,9 +37,36 @@ def run(main):
         if "--debug" in sys.argv:
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
-        text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        sys.exit(2)
+        _say_error(text)
+        _end(2)
+    except RuntimeError as error:
+        if "--debug" in sys.argv or not _misses_a_process(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", one_line(error, 160))  # without the line of gloo's source
+        _say_error(f"another process of this job has ended or no longer answers ({reason}). If it left no message, it "
+                   "was probably killed. A training goes on with --resume.")  # fmt: skip
+        time.sleep(TORCHRUN_S)  # torchrun calls the first that it misses the cause
+        _end(1)
+
+
+def _say_error(text: str):
+    """Most errors are those of all processes: the first says it, and the others if torchrun does not end them then."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(TORCHRUN_S)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+
+
+def _end(status: int):
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(status)  # the threads of torch.distributed, which still wait for the others, abort an orderly end
+    sys.exit(status)
+
+
+def _misses_a_process(error: RuntimeError) -> bool:
+    """Whether it is what torch.distributed raises where a message from another process does not come: of gloo only the
+    text says so."""
+    return "/gloo/" in str(error) or type(error).__name__.startswith("Dist")
 
 
 def _show_warning(message, category, *where, show=warnings.showwarning, **more):
@@ -107,8 +138,10 @@ def add_device_arguments(parser):
 
 
 def usable_cpus() -> int:
-    """The processors that this process may run on: a job on a shared machine often has only some of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors that this process may run on, of which a job on a shared machine often has only some, divided by
+    the processes that torchrun started beside it."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def add_engine_argument(parser):
@@ -181,7 +214,8 @@ def add_training_arguments(parser: argparse.ArgumentParser):
                               "unet, swinunetr: those that come with the project), not from random ones")
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
-                              "and what changes the speed alone may differ from what it began with")
+                              "the number of processes and what changes the speed alone may differ from what it began "
+                              "with; --batch-size and --accumulate, if an update takes as many cases as before")
     runtime.add_argument("--save-minutes", type=positive_float, default=10.0,
                          help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
                               "SIGTERM and SIGUSR1 save at once")

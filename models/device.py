@@ -8,8 +8,10 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,9 @@ DTYPES = {
     "float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
 }  # fmt: skip
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+# How long a process waits for another. One can be that much slower where it reads its cases into memory from a slower
+# disk, or compiles. It is for those that hang: where one ends, torchrun ends the others at once.
+PATIENCE = timedelta(minutes=10)
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Instruction sets that multiply bfloat16, in the names of ONEDNN_MAX_CPU_ISA, which can forbid the newer ones.
 BF16_INSTRUCTIONS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT")
@@ -161,6 +166,32 @@ def float32_multiplication(tf32: bool):
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
+def join_processes(device: torch.device, backend: str | None = None, patience: timedelta = PATIENCE) -> torch.device:
+    """Join the other processes, where torchrun started several, each with a GPU of its own; returns the device of this
+    one. What is printed from then on is printed by the first process. InputError where there are too few GPUs.
+
+    Args:
+        backend: what carries messages: by default NCCL between GPUs, and gloo, which takes CPU tensors, without them.
+        patience: after so long a message that does not come is an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        if processes_here() > (gpus := torch.cuda.device_count()):
+            raise InputError(f"--nproc-per-node {processes_here()}: each process takes a GPU, and this machine has "
+                             f"{gpus}.")  # fmt: skip
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store, own_rank, processes = next(dist.rendezvous("env://", timeout=patience))
+    # Processes that torchrun starts again get the store of those that have ended, and would find their addresses in it.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, timeout=patience, store=store, rank=own_rank, world_size=processes)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -171,11 +202,46 @@ def world_size() -> int:
 
 def decided_once(decide: Callable):
     """What `decide()` returns in the first process, in all of them: each has its own clock and its own free memory, and
-    what all of them have to agree upon must not depend on either."""
-    decision = [decide() if rank() == 0 else None]
+    what all of them have to agree upon must not depend on either. An InputError is raised in all of them, or the others
+    would wait for the first."""
+    decision = [None]
+    if rank() == 0:
+        try:
+            decision = [decide()]
+        except InputError as error:
+            decision = [error]
     if world_size() > 1:
         dist.broadcast_object_list(decision)
+    if isinstance(decision[0], InputError):
+        raise decision[0]
     return decision[0]
+
+
+@contextmanager
+def first_process_first():
+    """The first process goes ahead: what it leaves in files, such as a measurement, the others find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def collected(item) -> list:
+    """In the first process, what each of them passes, by rank; in the others nothing."""
+    if world_size() == 1:
+        return [item]
+    collection = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(item, collection)
+    return collection or []
+
+
+def torchrun_id() -> str | None:
+    """What the processes that one call of torchrun starts have in common, also those that it starts again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    identity = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {platform.node()}"
+    return f"{zlib.crc32(identity.encode()):08x}"
 
 
 def processes_here() -> int:

@@ -21,7 +21,7 @@ import torch
 from models import NETWORKS, build_model, cost, with_defaults
 from models.brats import MODALITIES
 from models.dataset import load_tensors, manifest_checksum, preprocessing_of_cases
-from models.device import AMP_DTYPES, decided_once, device_name, rank, world_size
+from models.device import AMP_DTYPES, decided_once, device_name, rank, torchrun_id, world_size
 from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
 from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_json
@@ -161,10 +161,21 @@ def load_weights(model, checkpoint: dict, path: Path):
 def choose_folder(network: str, name: str | None) -> Path:
     """The folder of a run, below the repository wherever the command was given; without a name it is called after the
     time. All processes get the same one. Nothing is created."""
+    if name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise InputError("--max-restarts: name the run with --run-name, or it is not found again after a restart.")
     name = name or decided_once(lambda: time.strftime("%Y%m%d-%H%M%S"))
     folder = ROOT / "models" / network / "results" / name
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder  # shorter to read and to type
+
+
+def restarted(folder: Path) -> bool:
+    """Whether this is the training of that folder, which torchrun has started again after one of its processes ended,
+    and there is an epoch to go on after. That of an earlier command is another training, though its name is the same.
+    """
+    ours = torchrun_id()
+    begun = ours is not None and (folder / "last.pt").is_file()
+    return decided_once(lambda: begun and latest(read_record(folder)).get("torchrun_id") == ours)
 
 
 @contextmanager
@@ -174,22 +185,21 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is a file that names a process and its machine. One whose process is gone is taken over, if it ran on this
     machine; of the processes of others nothing is known.
     """
-    if rank() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
-    _take(lock)
-    remove_temporaries(folder)
+    decided_once(lambda: _take(lock))
+    if rank() == 0:
+        remove_temporaries(folder)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: the usual case
-            folder.rmdir()
+        if rank() == 0:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: the usual case
+                folder.rmdir()
 
 
 def _take(lock: Path):
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = lock.open("x")  # fails where the file is there: of two processes one gets it
     except FileExistsError:
@@ -226,7 +236,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 
     InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
     it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
-    was chosen.
+    was chosen. The number of processes may be another, and --batch-size and --accumulate as well, if the effective
+    batch stays as it was.
     """
     last = folder / "last.pt"
     if not arguments["resume"]:
@@ -243,15 +254,15 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
     before = current_arguments(record)
+    same_batch = effective_batch_size(arguments) == latest(record)["effective_batch_size"]
+    free = (*FREE_FLAGS, "batch_size", "accumulate") if same_batch else FREE_FLAGS
     changed = [
         f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
         for flag, value in before.items()
-        if flag in arguments and flag not in FREE_FLAGS and arguments[flag] not in (value, "auto")
+        if flag in arguments and flag not in free and arguments[flag] not in (value, "auto")
     ]
     if arguments["epochs"] < before["epochs"]:
         changed.append(f"--epochs {arguments['epochs']} (the run: {before['epochs']}; only more are possible)")
-    if record["processes"] != world_size():
-        changed.append(f"{world_size()} processes (the run: {record['processes']})")
     if changed:
         raise InputError(f"--resume: {folder} is not what these flags ask for: {', '.join(changed)}.")
     if record["split"] != split:
@@ -279,6 +290,18 @@ def current_arguments(record: dict) -> dict:
     return arguments
 
 
+def latest(record: dict) -> dict:
+    """The record with what its resumptions say in place of what it said before."""
+    for resumption in record.get("resumptions", ()):
+        record = record | resumption
+    return record
+
+
+def effective_batch_size(arguments: dict) -> int:
+    """Cases per update."""
+    return arguments["batch_size"] * arguments["accumulate"] * world_size()
+
+
 def write_record(
     folder: Path, earlier: dict | None, model, arguments: dict, split: dict[str, list[str]], size: list[int], device
 ):
@@ -301,6 +324,9 @@ def write_record(
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device_name(device),
+        "processes": world_size(),
+        "effective_batch_size": effective_batch_size(arguments),
+        "torchrun_id": torchrun_id(),
     }
     if earlier is None:
         record = {
@@ -309,8 +335,6 @@ def write_record(
             "size": size,
             "preprocessing": preprocessing_of_cases(data),
             "arguments": arguments,
-            "processes": world_size(),
-            "effective_batch_size": arguments["batch_size"] * arguments["accumulate"] * world_size(),
             "data_manifest_sha256": manifest_checksum(data),
             "split": split,
             **costs,
@@ -319,20 +343,25 @@ def write_record(
         if arguments["init"]:
             record["initial_weights"] = _initial_weights(_checkpoint_file(arguments["init"]))
     else:
-        resumption = _resumption(folder, earlier, arguments) | circumstances
+        resumption = _resumption(folder, earlier, arguments, circumstances)
         record = earlier | {"resumptions": [*earlier.get("resumptions", ()), resumption]}
     write_atomically(folder / "config.json", json.dumps(record, indent=1))
 
 
-def _resumption(folder: Path, earlier: dict, arguments: dict) -> dict:
-    """After which epoch and step the run goes on, and which arguments have changed; printed as well."""
+def _resumption(folder: Path, earlier: dict, arguments: dict, circumstances: dict) -> dict:
+    """The circumstances, after which epoch and step the run goes on, and which arguments have changed; printed as
+    well."""
     before, last = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)
     after = {"after_epoch": last["epoch"]} | ({"after_step": last["progress"][0]["step"]} if "progress" in last else {})
     changed = {key: value for key, value in arguments.items() if key != "resume" and before.get(key) != value}
     said = [f"--{key.replace('_', '-')} is {value}, was {before.get(key)}" for key, value in changed.items()]
+    for key, words in (("processes", "the number of processes"),
+                       ("effective_batch_size", "the effective batch size (--batch-size x --accumulate x processes)")):
+        if circumstances[key] != (was := latest(earlier)[key]):
+            said.append(f"{words} is {circumstances[key]}, was {was}")
     place = " and ".join(f"{key.removeprefix('after_')} {number}" for key, number in after.items())
     print("; ".join([f"Resuming {folder} after {place}", *said]) + ".")
-    return after | {"changed": changed}
+    return after | {"changed": changed, **circumstances}
 
 
 def _initial_weights(path: Path) -> dict:

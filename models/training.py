@@ -31,6 +31,7 @@ from models.device import (
     AMP_DTYPES,
     choose_device,
     decided_once,
+    join_processes,
     native_dtypes,
     peak_memory_gib,
     rank,
@@ -95,12 +96,7 @@ def setup(wanted_device: str, seed: int, deterministic: bool = False) -> torch.d
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    device = choose_device(wanted_device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = join_processes(choose_device(wanted_device))
     torch.manual_seed(seed)
     # Every batch has the same shape: the search pays in the first epoch.
     torch.backends.cudnn.benchmark = not deterministic

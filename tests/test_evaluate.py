@@ -1,7 +1,10 @@
 """evaluate.py as a user runs it, on runs, folds, folders of cases and label maps: what it writes and refuses."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -57,6 +60,24 @@ def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, r
     score = next(r for r in rows if r["case"] == case and r["target"] == "WT")
     both = np.logical_and(prediction > 0, truth > 0).sum()
     assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
+
+
+def test_two_processes_write_what_one_writes(trained):
+    """Each predicts a share of the cases; the tables and pictures are the same, but for the times."""
+    flags = [RUN, "--split", "train", "--allow-trained-on", "--engine", "eager", "--out"]
+    run_script("evaluate.py", *flags, "alone", cwd=trained)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py",
+               *flags, "shared"]  # fmt: skip
+    done = subprocess.run(command, cwd=trained, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to shared") == 1 and done.stdout.count("10 train cases") == 1
+    files = sorted(path.name for path in (trained / "alone").iterdir())
+    assert sorted(path.name for path in (trained / "shared").iterdir()) == files
+    for name in files:
+        alone, shared = ((trained / folder / name).read_bytes() for folder in ("alone", "shared"))
+        if name == "summary.json":
+            alone, shared = (re.sub(rb'"forward_seconds_per_case": .*', b"", text) for text in (alone, shared))
+        assert alone == shared, name
 
 
 @pytest.mark.slow

@@ -453,6 +453,24 @@ def test_a_resumed_run_keeps_the_number_type_that_auto_chose(tensors, tmp_path, 
     assert open_run(tmp_path / RUN).amp == "off"
 
 
+def test_a_run_resumes_with_another_number_of_processes_which_is_said_and_recorded(tensors, begun, tmp_path, capsys):
+    """Its effective batch may stay as it was, by --accumulate, or change with their number."""
+    for name, flags in (("fewer", []), ("accumulated", ["--accumulate", 2])):
+        folder = shutil.copytree(begun, tmp_path / name) / RUN
+        record = json.loads((folder / "config.json").read_text()) | {"processes": 2, "effective_batch_size": 2}
+        (folder / "config.json").write_text(json.dumps(record))
+        with pytest.raises(InputError, match=r"--accumulate 3 \(the run: 1\)"):
+            train(tensors, tmp_path / name, "--epochs", 3, "--fold", 1, "--accumulate", 3, "--resume")
+        capsys.readouterr()
+        train(tensors, tmp_path / name, "--epochs", 3, "--fold", 1, *flags, "--resume")
+        said = capsys.readouterr().out
+        assert "the number of processes is 1, was 2" in said
+        assert ("the effective batch size" in said and "is 1, was 2." in said) == (name == "fewer")
+        (resumption,) = json.loads((folder / "config.json").read_text())["resumptions"]
+        assert (resumption["processes"], resumption["effective_batch_size"]) == (1, 1 if name == "fewer" else 2)
+        assert len(losses_of(folder)) == 3
+
+
 @pytest.mark.slow
 def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_another_network(tensors, tmp_path):
     flags = ["--feature-size", 12, "--window-size", 2, "--epochs", 1, "--run-name", "swin"]
@@ -580,25 +598,6 @@ def test_a_size_that_is_too_small_for_the_network_is_refused_with_the_smallest_t
     with pytest.raises(InputError, match=f"DATA: cases of {side} x .* Preprocess with --size {2 * side} or more"):
         refuse_unfit_size(network, config, [side] * 3, "DATA")
     refuse_unfit_size(network, config, [2 * side] * 3, "DATA")
-
-
-def test_two_processes_train_as_one_though_their_clocks_differ(tensors, tmp_path):
-    """Started by torchrun: both see all cases between them and write one run, whose name they agree upon."""
-    copy_of_the_code(tmp_path)
-    (tmp_path / "train.py").write_text(
-        "import os, runpy, time\n"
-        "time.strftime = lambda *_: f'at-{os.environ[\"RANK\"]}'\n"
-        "runpy.run_path('train_unet.py', run_name='__main__')\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
-               str(tensors), "--epochs", "1"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run,) = (tmp_path / "models/unet/results").iterdir()
-    config = json.loads((run / "config.json").read_text())
-    assert config["processes"] == 2 and config["effective_batch_size"] == 2
-    assert run.name == config["arguments"]["run_name"] == "at-0"
-    assert done.stdout.count("Test Dice") == 1 and (run / "test_results.csv").is_file()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.cases import Case, find_cases, scheme_of
 from models.dataset import read_manifest, read_split
-from models.device import inference_dtype, synchronise
+from models.device import collected, first_process_first, inference_dtype, synchronise
 from models.errors import InputError
 from models.evaluation.cases import (
     Item,
@@ -36,7 +36,7 @@ from models.evaluation.plan import (
     refuse_trained_on,
     trained_on,
 )
-from models.evaluation.scoring import Job
+from models.evaluation.scoring import Job, Scored
 from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
 from models.inference.engines import choose_engine
@@ -81,16 +81,37 @@ class Work:
     read: Callable[[Part, str], Item]
     predict: Callable[[Entry, Part, Item], Job]
     networks: dict[Path, torch.nn.Module] = field(default_factory=dict)  # by their checkpoints
-    members: dict[Path, Member] = field(default_factory=dict)  # these, ready to run; filled as they are needed
+    members: dict[Path, Member] = field(default_factory=dict)  # these, ready to run: see `make_ready`
+
+
+def make_ready(work: Work, options: Options, device: torch.device):
+    """Make the engines of all networks, before the first case."""
+    for part in (part for entry in work.entries for part in entry.parts):
+        for run in part.runs:
+            if run.checkpoint not in work.members:
+                network, its_run = work.networks[run.checkpoint], replace(run, data=part.data or run.data)
+                with first_process_first():  # it measures which engine is fastest, and the others take that one, too
+                    work.members[run.checkpoint] = ready(its_run, network, input_shape(part), options, device)
 
 
 def jobs_of(work: Work, failures: dict[str, str] | None) -> Iterator[Job]:
-    """Every case of every entry, predicted. With `failures` (name -> reason) a case that cannot be read is left out and
-    goes in there."""
+    """This process's share of the cases of every entry, predicted. With `failures` (name -> reason) a case that cannot
+    be read is left out and goes in there."""
     for entry in work.entries:
         for part in entry.parts:
-            for item in read_ahead(part.cases, partial(work.read, part), failures):
+            for item in read_ahead(part.share, partial(work.read, part), failures):
                 yield work.predict(entry, part, item)
+
+
+def brought_together(work: Work, share: list[Scored], failures: dict[str, str]) -> dict[str, list[Scored]]:
+    """In the first process, what all have kept of their shares, by entry and in the order of its cases; their failures
+    are added to `failures`. In the others, nothing."""
+    kept = {}
+    for scored, failed in collected((share, failures)):
+        kept |= {(one.run, one.case): one for one in scored}
+        failures |= failed
+    return {entry.name: [kept[entry.name, case] for case in entry.cases if (entry.name, case) in kept]
+            for entry in work.entries}  # fmt: skip
 
 
 def item_of(work: Work, entry: Entry, case: str) -> Item:
@@ -121,10 +142,9 @@ def of_runs(options: Options, device: torch.device) -> Work:
 
     def predict(entry: Entry, part: Part, item: Item) -> Job:
         for run in part.runs:
-            if run.checkpoint not in members:  # an engine takes time to make
-                network, its_run = networks[run.checkpoint], replace(run, data=part.data or run.data)
-                members[run.checkpoint] = ready(its_run, network, input_shape(part), options, device)
+            if run.checkpoint not in introduced:
                 say_windows(run, members[run.checkpoint], item)
+                introduced.add(run.checkpoint)
         checkpoints = tuple(run.checkpoint for run in part.runs)
         together = [members[checkpoint] for checkpoint in checkpoints]
         if options.small_et and checkpoints not in thresholds_ml:
@@ -141,7 +161,7 @@ def of_runs(options: Options, device: torch.device) -> Work:
 
     # All networks before the first case: damaged weights must not cost an hour.
     networks = {run.checkpoint: load_model(run.checkpoint, device)[0] for run in runs}
-    members, thresholds_ml = {}, {}
+    members, introduced, thresholds_ml = {}, set(), {}
     return Work(entries, read, predict, networks, members)
 
 

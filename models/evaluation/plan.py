@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.brats import patient_of
 from models.dataset import load_case, manifest_checksum, read_split
+from models.device import rank, world_size
 from models.errors import InputError
 from models.runs import Run
 
@@ -20,6 +21,11 @@ class Part:
     runs: tuple[Run, ...]
     cases: tuple[str, ...]
     data: Path | None  # preprocessed cases; None where raw cases are prepared on the way
+
+    @property
+    def share(self) -> tuple[str, ...]:
+        """Those of its cases that this process predicts, of several that torchrun started."""
+        return self.cases[rank() :: world_size()]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import torch._inductor  # where torch keeps what compiles ahead of time
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.device import DTYPES, float32_multiplication
+from models.device import DTYPES, float32_multiplication, rank
 from models.errors import InputError, one_line
 from models.files import write_atomically
 from models.inference.availability import why_not
@@ -349,4 +349,5 @@ def _stem(model, engine: str, dtype: str, image: Tensor, weights: bool) -> str:
 
 
 def log(text: str):
-    tqdm.write(text, file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
