@@ -131,7 +131,8 @@ def test_every_flag_is_read(script, monkeypatch):
 
 
 def test_every_setting_of_a_training_is_read():
-    read = names_read((ROOT / "models/training.py").read_text(encoding="utf-8"), "settings")
+    files = [ROOT / "models" / name for name in ("training.py", "checkpoints.py")]
+    read = set().union(*(names_read(file.read_text(encoding="utf-8"), "settings") for file in files))
     assert {field.name for field in fields(Settings)} == read
 
 
