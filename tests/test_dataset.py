@@ -24,8 +24,9 @@ from models.dataset import (
     manifest_checksum,
     preprocessing_of_cases,
     read_split,
+    refuse_leaks,
 )
-from models.errors import InputError
+from models.errors import InputError, InputWarning
 from models.manifest import make_splits
 
 CPU = torch.device("cpu")
@@ -235,6 +236,38 @@ def test_a_fold_that_does_not_exist_is_refused(tensors):
     assert read_split(tensors, 0)["test"] == read_split(tensors)["test"]
     with pytest.raises(InputError, match="folds 0 to 4"):
         read_split(tensors, 9)
+
+
+@pytest.fixture
+def manifest_of(tmp_path):
+    """Writes a manifest with these cases and fingerprints; returns its folder."""
+
+    def write(**marks):
+        cases = {name.replace("_", "-"): {"patient": name, "fingerprint": mark} for name, mark in marks.items()}
+        (tmp_path / "manifest.json").write_text(json.dumps({"cases": cases}))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(("part", "other"), [("train", "BraTS2021_00007"), ("validation", "BraTS-GLI-00007-001")])
+def test_a_patient_of_the_test_is_not_trained_on_under_any_name(manifest_of, part, other):
+    split = {"train": ["A"], "validation": ["B"], "test": ["C", "BraTS-GLI-00007-000"]}
+    data = manifest_of(A="1", B="2", C="3")
+    refuse_leaks(data, split)
+    split[part].append(other)
+    with pytest.raises(InputError, match=rf"splits\.json: 1 patient .*BraTS-GLI-00007-000 and {other}\. .* new split"):
+        refuse_leaks(data, split)
+
+
+def test_the_same_scans_are_not_trained_and_tested_on(manifest_of):
+    with pytest.raises(InputError, match="such as that of C and A"):
+        refuse_leaks(manifest_of(A="1", B="2", C="1"), {"train": ["A"], "validation": ["B"], "test": ["C"]})
+
+
+def test_a_patient_in_training_and_validation_is_told(manifest_of):
+    with pytest.warns(InputWarning, match="such as that of A and A: the best epoch"):
+        refuse_leaks(manifest_of(A="1", B="2"), {"train": ["A"], "validation": ["A"], "test": ["B"]})
 
 
 def test_two_visits_of_a_patient_stay_together_through_the_script(tmp_path):

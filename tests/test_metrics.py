@@ -1,5 +1,6 @@
 """Scores of label maps, against hand-computed cases and MONAI. Surfaces and lesions have tests of their own."""
 
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from conftest import ROOT
 from monai.metrics import compute_confusion_matrix_metric, compute_dice, get_confusion_matrix
 
-from models.metrics import confusion, dice_per_target, mean_label_dice, score_case, volumes_per_target
+from models.metrics import confusion, dice_per_target, mean_label_dice, pooled_dice, score_case, volumes_per_target
 
 # ---- one case ------------------------------------------------------------------------------------------------------
 
@@ -116,6 +117,19 @@ def test_both_empty_is_1_and_one_empty_is_0():
     assert set(dice_per_target(confusion(empty, empty)).values()) == {1.0}
     assert dice_per_target(confusion(empty, full))["ET"] == 0
     assert dice_per_target(confusion(full, empty))["WT"] == 0
+
+
+def test_the_best_epoch_is_that_of_all_voxels_over_the_labels_that_the_truth_has():
+    """The second case has oedema only, none has NCR: what predicts nothing has no points for either."""
+    truths = [torch.tensor([3, 3, 2, 0, 0, 0]), torch.tensor([2, 2, 2, 2, 0, 0])]
+    predictions = [torch.tensor([3, 0, 2, 0, 0, 3]), torch.tensor([2, 2, 2, 0, 0, 0])]
+    dice = pooled_dice(torch.stack([confusion(*pair) for pair in zip(predictions, truths, strict=True)]))
+    ed, et = 2 * 4 / (5 + 4), 2 * 1 / (2 + 2)
+    assert dice["ED"] == pytest.approx(ed) and dice["ET"] == pytest.approx(et) and math.isnan(dice["NCR"])
+    assert dice["mean"] == pytest.approx((ed + et) / 2) and dice["WT"] == pytest.approx(2 * 5 / (6 + 7))
+    nothing = torch.stack([confusion(torch.zeros(6, dtype=torch.long), truth) for truth in truths])
+    assert pooled_dice(nothing)["mean"] == 0
+    assert math.isnan(pooled_dice(confusion(truths[0] * 0, truths[0] * 0)[None])["mean"])
 
 
 def test_volumes_are_overlap_predicted_true():

@@ -113,13 +113,15 @@ def test_a_killed_preprocessing_goes_on_where_it_stopped(many_raw, tmp_path):
 
 
 @needs_signals
-def test_ctrl_c_ends_every_process_and_keeps_what_is_done(many_raw, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_every_process_and_keep_what_is_done(many_raw, tmp_path, number, status):
     process = start_preprocessing(many_raw, "out", "--size", 96, cwd=tmp_path)
     wait_until(process, lambda: len(list(tmp_path.glob("out/*.pt"))) > 2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers as well
-    time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    os.killpg(process.pid, number)  # as a terminal does it: to the workers as well
+    for wait_s in (0.001, 0.05):
+        time.sleep(wait_s)
+        os.killpg(process.pid, number)
+    assert process.wait(timeout=30) == status
     with pytest.raises(ProcessLookupError):
         for _ in range(300):  # what has ended stays in the group until the system collects it
             os.killpg(process.pid, 0)

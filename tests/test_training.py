@@ -152,6 +152,30 @@ def test_best_is_the_epoch_with_the_best_validation_dice(tensors, tmp_path):
     assert not set(best) & {"optimizer"}
 
 
+def test_of_validation_cases_with_oedema_only_the_epoch_that_finds_it_is_the_best(tensors, tmp_path, monkeypatch):
+    """Not the one that predicts nothing, though it is right about all other labels."""
+    epochs = iter([[10, 0], [3, 7], [9, 1]])  # voxels of oedema that are missed and found
+
+    def validate(*_):
+        counts = torch.zeros(1, 4, 4, dtype=torch.long)
+        counts[0, 0, 0] = 100
+        counts[0, 2, 0], counts[0, 2, 2] = next(epochs)
+        counts[0, 0, 3] = 5 * int(counts[0, 2, 2] > 0)  # and some enhancing tumour that is not there
+        return torch.ones(1), counts
+
+    monkeypatch.setattr(training, "validate", validate)
+    _, run = train(tensors, tmp_path, "--epochs", 3)
+    best = torch.load(run / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and best["dice_mean"] == pytest.approx(2 * 7 / (10 + 7))
+    assert next(csv.DictReader((run / "train.csv").open()))["dice_ET"] == "nan"
+
+
+def test_validation_cases_without_any_tumour_are_refused_before_the_training(tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cases, "label", lambda cases, index: torch.zeros(1, 4, 4, 4, dtype=torch.uint8))
+    with pytest.raises(InputError, match="the validation cases have no tumour"):
+        train(tensors, tmp_path, "--epochs", 1)
+
+
 def test_of_equal_epochs_the_first_is_the_best_in_the_checkpoint_and_in_the_plot(tensors, tmp_path, monkeypatch):
     losses, perfect = torch.ones(1), torch.eye(4, dtype=torch.long)[None]
     monkeypatch.setattr(training, "validate", lambda *_: (losses, perfect))
