@@ -156,7 +156,7 @@ def test_the_best_of_an_older_run_is_scored_anew(tensors, tmp_path, capsys):
     for path in (best, last):
         torch.save(torch.load(path, weights_only=True) | {"format": 1, "dice_mean": 1.0}, path)
     capsys.readouterr()
-    train(tensors, tmp_path, "--epochs", 3, "--learning-rate", 1e-3, "--resume")
+    train(tensors, tmp_path, "--epochs", 3, "--resume")
     assert f"Dice {score:.4f} of the pooled voxels" in capsys.readouterr().out
     scores = [float(row["dice_mean"]) for row in read(tmp_path / RUN / "train.csv")]
     assert torch.load(best, weights_only=True)["epoch"] == 1 + scores.index(max(scores))

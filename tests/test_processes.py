@@ -17,7 +17,7 @@ from models.device import decided_once, join_processes
 from models.errors import InputError
 
 SMALL = ["--channels", 4, 8, 16, 32, 64, "--amp", "off"]
-PLAIN = [*SMALL, "--flip-probability", 0, "--rotate-probability", 0, "--noise-probability", 0]
+PLAIN = [*SMALL, "--flip-probability", 0, "--rotate-probability", 0, "--noise-probability", 0, "--learning-rate", 1e-3]
 RUN = "models/unet/results/run"
 # A training in which the second process does something before its second epoch, unless it was started again.
 IN_EPOCH_2 = """
