@@ -26,6 +26,7 @@ from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
 from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_json
 
+PRETRAINED = "pretrained"  # the run of a network that comes with the project
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
 ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
@@ -68,7 +69,7 @@ def open_run(path: str | Path) -> Run:
     record = read_record(folder)
     data, fold = (record.get("arguments", {}).get(flag) for flag in ("data", "fold"))
     return Run(
-        name=folder.name,
+        name=checkpoint["network"] if folder.name == PRETRAINED else folder.name,
         folder=checkpoint_file.parent,
         checkpoint=checkpoint_file,
         network=checkpoint["network"],
@@ -123,7 +124,7 @@ def load_initial_weights(model, path: str | Path):
 
 def pretrained_checkpoint(network: str) -> Path:
     """The weights of this network that come with the project (see models/pretrained.py)."""
-    return ROOT / "models" / network / "results" / "pretrained" / "best.pt"
+    return ROOT / "models" / network / "results" / PRETRAINED / "best.pt"
 
 
 def _checkpoint_file(path: str | Path) -> Path:

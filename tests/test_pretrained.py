@@ -1,10 +1,14 @@
 """Weights to hand on: made from a run, found by the name of their network."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import RUN, run_script
 
+from models.brats import MODALITIES
 from models.errors import InputError
+from models.inference.predict import member_of, segment
+from models.phantom import make_case
 from models.pretrained import half_checkpoint
 from models.runs import load_model, open_run
 
@@ -18,10 +22,9 @@ def test_weights_of_a_run_are_found_by_the_name_of_their_network(trained, raw, t
     for weight, half in zip(original.parameters(), handed_on.parameters(), strict=True):
         assert torch.allclose(weight, half, rtol=1e-3, atol=1e-7)
     assert open_run(made).epoch == last["epoch"] and open_run(made).split == open_run(trained / RUN).split
-    picture = tmp_path / "case.png"
-    result = run_script("view_interactive_4pane_brats.py", raw / "BraTS2021_00000", "--run", "unet", "--save", picture,
-                        cwd=tmp_path)  # fmt: skip
-    assert picture.is_file() and "Dice" in result.stdout
+    case, picture = open_run(made).split["train"][0], tmp_path / "case.png"
+    result = run_script("view_interactive_4pane_brats.py", raw / case, "--run", "unet", "--save", picture, cwd=tmp_path)
+    assert picture.is_file() and "segmented by unet, which was trained on this patient, in" in result.stdout
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused():
@@ -34,3 +37,19 @@ def test_weights_that_are_not_there_are_refused_in_one_line(raw, tmp_path):
     result = run_script("view_interactive_4pane_brats.py", raw / "BraTS2021_00000", "--run", "swinunetr", "--save",
                         tmp_path / "case.png", cwd=tmp_path, status=2)  # fmt: skip
     assert "pretrained/best.pt" in result.stderr
+
+
+# ---- those that come with the project ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("network", "megabytes"), [("unet", 12), ("swinunetr", 35)])
+def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_head(network, megabytes):
+    """They have seen twelve patients and no phantom."""
+    run = open_run(network)
+    assert run.checkpoint.stat().st_size <= megabytes * 1e6 and len(run.split["train"]) == 12
+    volumes, truth, affine = make_case(seed=0, index=0)
+    image = np.stack([volumes[modality] for modality in MODALITIES])
+    member = member_of(run, load_model(network)[0], None)
+    prediction = segment(image, affine, member, run.preprocessing, torch.device("cpu"))
+    overlap = 2 * ((prediction > 0) & (truth > 0)).sum() / ((prediction > 0).sum() + (truth > 0).sum())
+    assert overlap > 0.85

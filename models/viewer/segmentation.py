@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.brats import REGIONS
+from models.brats import REGIONS, patient_of
 from models.device import choose_device, inference_dtype
 from models.errors import InputError
 from models.inference.engines import choose_engine
@@ -93,7 +93,9 @@ def segment_scene(segmenter: Segmenter, scene: Scene, report: Callable[[str], No
     else:
         parts = ", ".join(f"{STAGES[stage]} {ms:.0f}" for stage, ms in spent_ms.items())
     report("segmenting: Dice")
-    timing = f"segmented by {run.name} in {sum(spent_ms.values()):.0f} ms ({parts})"
+    seen = run.split and patient_of(scene.name) in map(patient_of, run.split["train"])
+    by = f"{run.name}, which was trained on this patient," if seen else run.name
+    timing = f"segmented by {by} in {sum(spent_ms.values()):.0f} ms ({parts})"
     return with_prediction(scene, label, timing)
 
 
