@@ -13,6 +13,7 @@ import torch
 from models.benchmark.profiling import floor_ms
 from models.benchmark.worker import MONAI, DeviceSpeed, Job, Result
 from models.device import DTYPES, device_name
+from models.errors import InputError, one_line
 from models.files import git_commit, write_csv
 
 
