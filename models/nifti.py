@@ -43,7 +43,9 @@ def to_ras(volume: np.ndarray, affine) -> np.ndarray:
     signs = io_orientation(np.asarray(affine))[:, 1]
     source = native_axes(affine)
     volume = volume.transpose(0, *(axis + 1 for axis in source))
-    return volume[(slice(None), *(slice(None, None, int(signs[axis])) for axis in source))]
+    # A single voxel is not flipped: numpy calls what torch refuses, a negative step along it, contiguous.
+    steps = [int(signs[axis]) if count > 1 else 1 for axis, count in zip(source, volume.shape[1:], strict=True)]
+    return volume[(slice(None), *(slice(None, None, step) for step in steps))]
 
 
 def spacing_of(affine) -> list[float]:

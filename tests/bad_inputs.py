@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests/benchmarks/results/bad_inputs.csv"
 LIMIT_MIB = 400  # that a kind may take above what the libraries took before
-LIMIT_S = 60
+LIMIT_S = 300  # on a machine that does much else
 FOUND_LATE = ("a changed bit in every kilobyte", "an optimizer of another network")  # config.json is written by then
 VIEWER, PREPROCESS, UNET, SWIN, EVALUATE, BENCHMARK = (
     "view_interactive_4pane_brats.py", "preprocess_brats.py", "train_unet.py", "train_swinunetr.py", "evaluate.py",
@@ -89,7 +89,7 @@ def try_kind(script: str, kind: str, make, words: str, box: Path) -> Tried:
         wrong += [f"status {status}"] * (status != 2) + [f"{len(lines)} lines"] * (len(lines) != 1)
         changed = sorted(name for name, stamp in contents().items() if before.get(name) != stamp)
         if kind.endswith(FOUND_LATE):
-            changed = [name for name in changed if not name.endswith("config.json") and Path(name).is_file()]
+            changed = [name for name in changed if not name.endswith("config.json")]
         wrong += [f"changed {changed[:3]}"] * bool(changed)
     wrong += [f"does not say {words!r}"] * (words not in message + stdout_text(stdout))
     wrong += [f"{peak_mib:.0f} MiB"] * (peak_mib > LIMIT_MIB)
@@ -104,15 +104,14 @@ def stdout_text(stdout: io.TextIOWrapper) -> str:
 
 
 def contents() -> dict[str, tuple]:
-    """Every file and folder of the sandbox -> when it was written."""
+    """Every file of the sandbox -> its size, and when it was written. An empty folder does no harm."""
     found = {}
     for folder, subfolders, names in os.walk("."):
         subfolders[:] = [name for name in subfolders if name not in ("__pycache__", ".engines")]
-        for name in (*names, *subfolders):
+        for name in names:
             path = os.path.join(folder, name)
             stat = os.lstat(path)
-            # Of a folder the time changes with a temporary file that is gone again.
-            found[path] = (stat.st_size, stat.st_mtime_ns) if name in names else ()
+            found[path] = (stat.st_size, stat.st_mtime_ns)
     return found
 
 
