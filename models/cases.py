@@ -201,11 +201,11 @@ def _find_described(root: Path) -> list[Case]:
     channel as in nnU-Net. Raises InputError where dataset.json is something else."""
     path = root / "dataset.json"
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
         named = described.get("channel_names") or described["modality"]
         words = [re.sub("[^a-z0-9]", "", named[str(i)].lower()) for i in range(len(named))]
         channels = tuple(ROLES[word] for word in words)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the dataset.json of MSD Task01_BrainTumour or of an nnU-Net data set of BraTS "
                          f"({type(error).__name__}: {error}).") from None  # fmt: skip
     if sorted(channels) != sorted(MODALITIES):

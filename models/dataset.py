@@ -5,8 +5,11 @@ A `.pt` file is a dict that `torch.load(path, weights_only=True)` reads; README.
 
 import hashlib
 import json
+import mmap
+import pickle
 import random
 import shutil
+import struct
 import time
 import warnings
 import zipfile
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.brats import LABEL_SCHEMES, MODALITIES, patient_of
+from models.brats import LABEL_SCHEMES, LABELS, MODALITIES, patient_of
 from models.device import decided_once, free_memory_bytes, processes_here, rank
 from models.errors import InputError, InputWarning, one_line
 from models.files import whole_file
@@ -31,6 +34,7 @@ from models.memory import free_ram_bytes
 from models.patches import crop, tumour_voxels
 from models.records import MANIFEST, NUMBER, SPLITS, is_array, is_name, is_size, misfit, read_json
 
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is refused or read all the same
 SHARED_MEMORY = Path("/dev/shm")  # worker processes hand over what they read through it (Linux)
 PREFETCH = 2  # batches that each worker reads ahead
 
@@ -82,31 +86,52 @@ def save_case(path: Path, case: dict, compact: bool) -> str:
     return f"{checksum:08x}"
 
 
-def load_tensors(path: Path, mmap: bool = True):
+def load_tensors(path: Path, mapped: bool = True, checked: bool = True):
     """What a `.pt` file of tensors and plain values holds: no code in it is run. Raises InputError for other files.
 
-    With `mmap` what is not touched is not read, and several processes share the pages; the file must not be written to
-    while they are in use.
+    Args:
+        mapped: what is not touched is not read, and several processes share the pages; the file must not be written to
+            while they are in use.
+        checked: read all of it and compare the checksums, which torch does not do.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch would take the memory for what a compressed part claims to hold
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("its parts are compressed")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("its parts are compressed")  # torch would take the memory for what they claim to hold
+        if checked:
+            _compare_checksums(path, parts)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: damaged, or it holds more than tensors and plain values, which is not loaded: it "
+                         "could be a program.") from None  # fmt: skip
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
         reason = one_line(error, 80)
         raise InputError(f"{path}: damaged, or no file of this project ({reason}). Make it again.") from None
 
 
-def load_case(path: str | Path, as_stored: bool = False) -> dict:
+def _compare_checksums(path: Path, parts: list[zipfile.ZipInfo]):
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for part in parts:
+            start = part.header_offset
+            name, extra = struct.unpack("<HH", content[start + 26 : start + 30])  # bytes
+            start += 30 + name + extra
+            with memoryview(content)[start : start + part.file_size] as data:
+                if isal_zlib.crc32(data) != part.CRC:
+                    raise ValueError("its checksum is wrong")
+
+
+def load_case(path: str | Path, as_stored: bool = False, checked: bool | None = None) -> dict:
     """A preprocessed case with `image` float32 [4, D, H, W] and, where there is one, `label` int64 [1, D, H, W];
-    `as_stored` leaves the types of the file. Raises InputError for anything that is not such a file."""
+    `as_stored` leaves the types of the file. `checked`, unless `as_stored`: see `load_tensors`; labels and voxels are
+    looked at, too. Raises InputError for anything that is not such a file."""
+    checked = not as_stored if checked is None else checked
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file. Make it with preprocess_brats.py.")
-    case = load_tensors(path)
+    case = load_tensors(path, checked=checked)
     if wrong := misfit(case, CASE):
         raise InputError(f"{path}: not a preprocessed case ({wrong}). Make it with preprocess_brats.py.")
     if tuple(case["modalities"]) != MODALITIES:
@@ -118,6 +143,11 @@ def load_case(path: str | Path, as_stored: bool = False) -> dict:
         raise InputError(f"{path}: label {tuple(label.shape)} of {label.dtype} is not [1, D, H, W]. Preprocess again.")
     if case["geometry"]["network_size"] != list(image.shape[1:]):
         raise InputError(f"{path}: its geometry is that of another image. Preprocess again.")
+    if checked and not torch.isfinite(image.sum(dtype=torch.float32)):
+        raise InputError(f"{path}: holds NaN or infinite voxels. Preprocess again.")
+    if checked and label is not None and not 0 <= label.min() <= label.max() <= len(LABELS):
+        raise InputError(f"{path}: label values from {label.min()} to {label.max()}, not 0 to {len(LABELS)}. "
+                         "Preprocess again.")  # fmt: skip
     if not as_stored:
         case["image"] = image.float()
         if label is not None:
@@ -168,6 +198,8 @@ def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, lis
             )
         raise InputError(f"{data}: no preprocessed cases here. Make them with preprocess_brats.py.")
     splits = read_json(path, SPLITS)
+    if not splits["train"]:
+        raise InputError(f"{path}: has no case to train on. Run preprocess_brats.py again.")
     if fold is None:
         return {name: splits[name] for name in ("train", "validation", "test")}
     if fold == "all":
@@ -297,7 +329,7 @@ class Cases(Dataset):
         if cache == "disk":
             return
         for index in tqdm(range(len(names)), "reading", unit="case", leave=False, disable=rank() != 0):
-            case = _copies(*self._mapped(index))
+            case = _copies(*self._mapped(index, checked=True))
             if device.type == "cuda" and not self.batches_need_pinning:
                 case = tuple(part.to(device) if cache == "device" else part.pin_memory() for part in case)
             self.kept.append(case)
@@ -323,9 +355,9 @@ class Cases(Dataset):
         """The label [1, D, H, W] alone, of any integer type."""
         return (self.kept[index] if self.kept else self._mapped(index))[1]
 
-    def _mapped(self, index: int):
-        """Image and label of a file: what is not touched is not read."""
-        case = load_case(self.paths[index], as_stored=True)
+    def _mapped(self, index: int, checked: bool = False):
+        """Image and label of a file: what is not touched is not read, unless it is `checked`."""
+        case = load_case(self.paths[index], as_stored=True, checked=checked)
         if "label" not in case:
             raise InputError(f"{self.paths[index]}: has no label, so it cannot be trained on or scored.")
         return case["image"], case["label"]

@@ -43,7 +43,9 @@ def to_ras(volume: np.ndarray, affine) -> np.ndarray:
     signs = io_orientation(np.asarray(affine))[:, 1]
     source = native_axes(affine)
     volume = volume.transpose(0, *(axis + 1 for axis in source))
-    return volume[(slice(None), *(slice(None, None, int(signs[axis])) for axis in source))]
+    # A single voxel is not flipped: numpy calls what torch refuses, a negative step along it, contiguous.
+    steps = [int(signs[axis]) if count > 1 else 1 for axis, count in zip(source, volume.shape[1:], strict=True)]
+    return volume[(slice(None), *(slice(None, None, step) for step in steps))]
 
 
 def spacing_of(affine) -> list[float]:
@@ -93,16 +95,15 @@ def read_nifti(path: str | Path, into: np.ndarray | None = None) -> tuple[np.nda
                     header, voxels = _read_stream(igzip.IGzipFile(fileobj=file), path, into)
                 except (EOFError, gzip.BadGzipFile):
                     header, voxels = _read_stream(igzip.IGzipFile(fileobj=_whole_members(path)), path, into)
-        affine = _checked_affine(path, header)
-        slope, intercept = header.get_slope_inter()
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused by those who use them
-            return apply_read_scaling(voxels, slope, intercept), affine
+        with np.errstate(all="ignore"):  # infinite voxels are refused by those who use them
+            affine = _checked_affine(path, header)
+            return apply_read_scaling(voxels, *header.get_slope_inter()), affine
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.dtype, np.ndarray]:
     """Shape, type and affine [4, 4] in mm of what `read_nifti` would read, from the header alone."""
     path = Path(path)
-    with _told_as_input_error(path), path.open("rb") as file:
+    with _told_as_input_error(path), np.errstate(all="ignore"), path.open("rb") as file:
         header = _read_header(igzip.IGzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, path)
         scaled = header.get_slope_inter() not in ((None, None), (1, 0))
         dtype = np.dtype(float) if scaled else header.get_data_dtype()
@@ -182,11 +183,10 @@ def _whole_members(path: Path) -> io.BytesIO:
 def _checked_affine(path: Path, header) -> np.ndarray:
     """Voxel to mm [4, 4]; refused where it cannot be that of a head. A header says it twice, or not at all."""
     affine = header.get_best_affine()
-    with np.errstate(all="ignore"):
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)  # mm
-        if not (abs(np.linalg.det(affine[:3, :3])) >= 1e-6 and np.isfinite(affine).all()):
-            raise InputError(f"{path}: its affine is singular: its voxels have no place in space. Repair the header.")
-        extent = max(size * count for size, count in zip(sizes, header.get_data_shape(), strict=False))
+    if not (abs(np.linalg.det(affine[:3, :3])) >= 1e-6 and np.isfinite(affine).all()):
+        raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)  # mm
+    extent = max(size * count for size, count in zip(sizes, header.get_data_shape(), strict=False))
     if extent > LARGEST_EXTENT_MM:
         raise InputError(f"{path}: says that its voxels are {' x '.join(f'{size:.4g}' for size in sizes)} mm large, "
                          f"{extent / 1e3:.3g} m in all. Repair the header, or its units.")  # fmt: skip

@@ -80,6 +80,13 @@ RECORD = {  # config.json of a run
     "processes?": int,
     "resumptions?": [{"changed": dict}],
 }
+RESUMED = {"arguments": {"data": str, "epochs": int, "amp": str}, "processes": int, "split": SPLIT,
+           "data_manifest_sha256": str}  # fmt: skip
+LAST = {  # last.pt, besides CHECKPOINT
+    "optimizer": {"state": dict, "param_groups": [{"params": [int]}]},
+    "scaler": dict,
+    "history": [{"seconds": NUMBER, "dice_mean": NUMBER}],
+}
 MANIFEST_ENTRY = {  # of a case, as its maker needs it
     "bytes": int,
     "patient": str,

@@ -24,7 +24,7 @@ from models.dataset import load_tensors, manifest_checksum, preprocessing_of_cas
 from models.device import AMP_DTYPES, decided_once, device_name, rank, torchrun_id, world_size
 from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
-from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_json
+from models.records import CHECKPOINT, CHECKPOINT_FORMAT, LAST, RECORD, RESUMED, misfit, read_json
 
 PRETRAINED = "pretrained"  # the run of a network that comes with the project
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
@@ -89,7 +89,7 @@ def open_run(path: str | Path) -> Run:
 def read_record(folder: Path) -> dict:
     """What config.json says; empty where there is none: a checkpoint can be used without its folder."""
     path = folder / "config.json"
-    return read_json(path, RECORD) if path.is_file() else {}
+    return read_json(path, RECORD) if path.exists() else {}
 
 
 def _preprocessing(record: dict) -> dict | None:
@@ -140,7 +140,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
     rest alone, the weights are not read; the file must not be written to while the dict is alive."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
-    checkpoint = load_tensors(path, mmap)
+    checkpoint = load_tensors(path, mapped=mmap, checked=not mmap)
     if wrong := misfit(checkpoint, CHECKPOINT):
         raise InputError(f"{path}: not a checkpoint of this project's training scripts ({wrong}).")
     if tuple(checkpoint["modalities"]) != MODALITIES:
@@ -204,7 +204,7 @@ def _take(lock: Path):
     try:
         file = lock.open("x")  # fails where the file is there: of two processes one gets it
     except FileExistsError:
-        owner = lock.read_text()
+        owner = lock.read_text(errors="replace")
         pid, _, machine = owner.partition(" ")
         if machine != socket.gethostname() or not pid.isdecimal() or _is_running(int(pid)):
             raise InputError(
@@ -251,6 +251,10 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
     record = read_record(folder)
     if not record:
         raise InputError(f"--resume: {folder / 'config.json'} is missing, so it is not known what the run began with.")
+    if wrong := misfit(record, RESUMED):
+        raise InputError(f"--resume: {folder / 'config.json'} does not say all that the run began with: {wrong}.")
+    if wrong := misfit(load_checkpoint(last, mmap=True), LAST):
+        raise InputError(f"--resume: {last} is nothing that a training could go on from: {wrong}.")
     if record["data_manifest_sha256"] != manifest_checksum(arguments["data"]):
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip

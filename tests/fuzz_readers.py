@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from contextlib import suppress
@@ -104,20 +105,23 @@ def run(name: str, minutes: float) -> dict:
 
     from models.files import git_commit
 
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         seeds = shutil.copytree(CORPUS / name, Path(work) / "corpus")
         command = [sys.executable, __file__, name, "--child", str(seeds), f"-max_total_time={round(60 * minutes)}",
                    f"-max_len={LARGEST_FILE}", "-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1",
                    f"-artifact_prefix=finding-{name}-"]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    executions = re.findall(r"^#(\d+)", done.stdout, re.MULTILINE)  # told as they come; a finding ends without a sum
     said = dict(re.findall(r"stat::(\w+):\s+(\d+)", done.stdout))
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = {
         "date": date.today().isoformat(),
         "commit": git_commit(),
         "reader": name,
-        "cpu_minutes": round((seconds.ru_utime + seconds.ru_stime) / 60, 1),
-        "executions": int(said.get("number_of_executed_units", 0)),
+        "minutes": (time.monotonic() - start) / 60,
+        "cpu_minutes": (seconds.ru_utime + seconds.ru_stime) / 60,
+        "executions": int(said.get("number_of_executed_units", (executions or [0])[-1])),
         "peak_mib": int(said.get("peak_rss_mb", 0)),
         "findings": int(done.returncode != 0),
     }
