@@ -4,6 +4,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -46,6 +47,7 @@ def run(main):
 
 def _say_error(text):
     """Most errors are those of all processes: the first says it, and the others if torchrun does not end them then."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which it does with this
     if os.environ.get("RANK", "0") != "0":
         time.sleep(TORCHRUN_S)
     print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
@@ -202,7 +204,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name after its last epoch; only --epochs, which may be more, "
                               "the number of processes and what changes the speed alone may differ from what it began "
-                              "with; --batch-size and --accumulate, if an update takes as many cases as before")
+                              "with; with that number --batch-size and --accumulate, if their product with it stays")
 
 
 def settings_of(args: argparse.Namespace, kind: type):

@@ -231,8 +231,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 
     InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
     it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
-    was chosen. The number of processes may be another, and --batch-size and --accumulate as well, if the effective
-    batch stays as it was.
+    was chosen. After a whole epoch the number of processes may be another, and with it --batch-size and --accumulate, if
+    the effective batch size stays as it was.
     """
     last = folder / "last.pt"
     if not arguments["resume"]:
@@ -249,8 +249,13 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
     before = current_arguments(record)
-    same_batch = effective_batch_size(arguments) == latest(record)["effective_batch_size"]
-    free = (*FREE_FLAGS, "batch_size", "accumulate") if same_batch else FREE_FLAGS
+    free = FREE_FLAGS
+    if world_size() != (processes := latest(record)["processes"]):
+        if "progress" in load_checkpoint(last, mmap=True):
+            raise InputError(f"--resume: {last} stands within an epoch that {processes} processes share. Resume with as "
+                             "many until it is over.")  # fmt: skip
+        if effective_batch_size(arguments) == latest(record)["effective_batch_size"]:
+            free = (*FREE_FLAGS, "batch_size", "accumulate")
     changed = [
         f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
         for flag, value in before.items()

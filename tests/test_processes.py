@@ -32,7 +32,7 @@ def disturbed(model, cases, epoch, *rest):
     return train_epoch(model, cases, epoch, *rest)
 
 training.train_epoch = disturbed
-device.join_processes.__defaults__ = (None, timedelta(seconds=10))
+device.join_processes.__defaults__ = (None, timedelta(seconds=20))
 runpy.run_path("train_unet.py", run_name="__main__")
 """
 
@@ -104,7 +104,7 @@ def test_what_one_process_may_not_do_ends_all_and_is_said_once(tensors, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("disturbance", "said"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"), ("time.sleep(3600)", "Timed out waiting 10000ms")],
+    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"), ("time.sleep(3600)", "Timed out waiting 20000ms")],
 )
 def test_a_process_that_is_killed_or_hangs_ends_the_others(tensors, tmp_path, disturbance, said):
     (tmp_path / "train.py").write_text(IN_EPOCH_2.format(disturbance))
