@@ -162,8 +162,9 @@ def test_only_the_run_that_this_call_of_torchrun_began_goes_on_by_itself(tmp_pat
     (tmp_path / "last.pt").touch()
 
     def record(torchrun_id, *resumptions):
-        text = json.dumps({"torchrun_id": torchrun_id, "resumptions": [{"torchrun_id": one} for one in resumptions]})
-        (tmp_path / "config.json").write_text(text)
+        resumptions = [{"torchrun_id": one, "changed": {}} for one in resumptions]
+        begun = {"torchrun_id": torchrun_id, "arguments": {}, "resumptions": resumptions}
+        (tmp_path / "config.json").write_text(json.dumps(begun))
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     record(None)
