@@ -154,7 +154,7 @@ def save_where_due(
     """Write last.pt if it is so many minutes old, or a signal has come, which then ends the training. `state` is what
     `write_last` takes after the history."""
     due = time.perf_counter() - progress.saved > 60 * minutes
-    wanted = agreed(signals[0] if signals else int(due), progress.losses.device)
+    wanted = agreed(signals[0] if signals else int(due))
     if not wanted:
         return
     model, _, _, scaler, _ = state
@@ -165,11 +165,12 @@ def save_where_due(
         stop(wanted, folder, f"epoch {progress.epoch + 1} up to step {progress.step} of {len(progress.cases)}")
 
 
-def agreed(wanted: int, device: torch.device) -> int:
-    """The largest of what the processes want: all of them have to save, and to stop, after the same step."""
+def agreed(wanted: int) -> int:
+    """The largest of what the processes want: all of them have to save, and to stop, after the same step. Does not wait
+    for the device."""
     if world_size() == 1:
         return wanted
-    number = torch.tensor(wanted, device=device)
+    number = torch.tensor(wanted)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 

@@ -171,7 +171,8 @@ def join_processes(device: torch.device, backend: str | None = None, patience: t
     one. What is printed from then on is printed by the first process. InputError where there are too few GPUs.
 
     Args:
-        backend: what carries messages: by default NCCL between GPUs, and gloo, which takes CPU tensors, without them.
+        backend: what carries messages: by default NCCL those between GPUs and gloo those of CPU tensors, which need not
+            wait for a GPU.
         patience: after so long a message that does not come is an error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -185,7 +186,7 @@ def join_processes(device: torch.device, backend: str | None = None, patience: t
     store, own_rank, processes = next(dist.rendezvous("env://", timeout=patience))
     # Processes that torchrun starts again get the store of those that have ended, and would find their addresses in it.
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    backend = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=patience, store=store, rank=own_rank, world_size=processes)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -45,8 +45,7 @@ from models.interruption import noted_signals, raise_on_signals
 from models.losses import labels_from_logits, logits_from_frequencies, make_loss
 from models.metrics import confusion, pooled_dice
 
-AGREE_EVERY = 10  # updates: where there are several processes, to agree upon saving waits for the device
-CHECK_EVERY = 100  # updates: so does looking for a loss that is not a number
+CHECK_EVERY = 100  # updates: looking for a loss that is not a number waits for the device
 AMP_TRIAL_SIDE = 64  # voxels; large enough to tell which number type is faster, small enough not to be waited for
 
 
@@ -240,7 +239,7 @@ def fit(
                     runs.save(folder / "best.pt", runs.checkpoint_of(judged, settings.amp, **best))
             if rank() == 0:
                 write_epoch(folder, history, best, *state)
-            if number := checkpoints.agreed(signals[0] if signals else 0, device):
+            if number := checkpoints.agreed(signals[0] if signals else 0):
                 checkpoints.stop(number, folder, f"{len(history)} epochs")
     if world_size() > 1:
         dist.barrier()  # best.pt must be there before any process loads it
@@ -283,7 +282,7 @@ def train_epoch(
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
     order, progress = begin_epoch(model, cases, epoch, settings, device, within)
-    steps, updates = len(progress.losses), len(progress.norms)
+    steps = len(progress.losses)
     augmentation = (settings.flip_probability, settings.rotate_probability, settings.noise_probability,
                     settings.noise_sd, settings.augmentation == "strong")
     batch = None
@@ -312,7 +311,7 @@ def train_epoch(
             bar.update()
             if is_update and (update + 1) % CHECK_EVERY == 0:
                 refuse_not_finite(progress, scaler)
-            if world_size() == 1 or (is_update and ((update + 1) % AGREE_EVERY == 0 or update + 1 == updates)):
+            if is_update or world_size() == 1:  # between updates, processes have gradients of their own
                 after_step(progress)
         refuse_not_finite(progress, scaler)
         row = training_figures(progress, optimizer, device)
