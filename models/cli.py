@@ -51,6 +51,7 @@ def run(main):
 
 def _say_error(text: str):
     """Most errors are those of all processes: the first says it, and the others if torchrun does not end them then."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which it does with this
     if os.environ.get("RANK", "0") != "0":
         time.sleep(TORCHRUN_S)
     text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
@@ -215,7 +216,7 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     runtime.add_argument("--resume", action="store_true",
                          help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
                               "the number of processes and what changes the speed alone may differ from what it began "
-                              "with; --batch-size and --accumulate, if an update takes as many cases as before")
+                              "with; with that number --batch-size and --accumulate, if their product with it stays")
     runtime.add_argument("--save-minutes", type=positive_float, default=10.0,
                          help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
                               "SIGTERM and SIGUSR1 save at once")

@@ -172,12 +172,11 @@ def choose_folder(network: str, name: str | None) -> Path:
 
 
 def restarted(folder: Path) -> bool:
-    """Whether this is the training of that folder, which torchrun has started again after one of its processes ended,
-    and there is an epoch to go on after. That of an earlier command is another training, though its name is the same.
-    """
+    """Whether torchrun has started the training of that folder again after one of its processes ended, and there is
+    something to go on from. That of an earlier command is another training, though its name is the same."""
     ours = torchrun_id()
-    begun = ours is not None and (folder / "last.pt").is_file()
-    return decided_once(lambda: begun and latest(read_record(folder)).get("torchrun_id") == ours)
+    begun = ours and (folder / "last.pt").is_file()
+    return decided_once(lambda: bool(begun) and latest(read_record(folder)).get("torchrun_id") == ours)
 
 
 @contextmanager
@@ -238,8 +237,8 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 
     InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
     it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
-    was chosen. The number of processes may be another, and --batch-size and --accumulate as well, if the effective
-    batch stays as it was.
+    was chosen. After a whole epoch the number of processes may be another, and with it --batch-size and --accumulate
+    where the effective batch size stays as it was.
     """
     last = folder / "last.pt"
     if not arguments["resume"]:
@@ -260,8 +259,7 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
     before = current_arguments(record)
-    same_batch = effective_batch_size(arguments) == latest(record)["effective_batch_size"]
-    free = (*FREE_FLAGS, "batch_size", "accumulate") if same_batch else FREE_FLAGS
+    free = _free_flags(last, latest(record), arguments)
     changed = [
         f"--{flag.replace('_', '-')} {'not given' if arguments[flag] is None else arguments[flag]} (the run: {value})"
         for flag, value in before.items()
@@ -278,6 +276,17 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
     return record
 
 
+def _free_flags(last: Path, latest: dict, arguments: dict) -> tuple[str, ...]:
+    """The flags that may change now, with the number of processes; that may only where the last epoch is over."""
+    if world_size() == latest["processes"]:
+        return FREE_FLAGS
+    if "progress" in load_checkpoint(last, mmap=True):
+        raise InputError(f"--resume: {last} stands within an epoch that {latest['processes']} processes share. Resume "
+                         "with as many until it is over.")  # fmt: skip
+    same_batch = effective_batch_size(arguments) == latest["effective_batch_size"]
+    return (*FREE_FLAGS, "batch_size", "accumulate") if same_batch else FREE_FLAGS
+
+
 def _refuse_other_network(path: Path, model):
     checkpoint = load_checkpoint(path, mmap=True)
     trained, asked = (
@@ -290,16 +299,13 @@ def _refuse_other_network(path: Path, model):
 
 def current_arguments(record: dict) -> dict:
     """The arguments with what the resumptions have changed."""
-    arguments = ADDED_FLAGS | record["arguments"]
-    for resumption in record.get("resumptions", ()):
-        arguments |= resumption["changed"]
-    return arguments
+    return ADDED_FLAGS | latest(record)["arguments"]
 
 
 def latest(record: dict) -> dict:
     """The record with what its resumptions say in place of what it said before."""
     for resumption in record.get("resumptions", ()):
-        record = record | resumption
+        record = record | resumption | {"arguments": record["arguments"] | resumption["changed"]}
     return record
 
 

@@ -312,8 +312,33 @@ def engines() -> list[str]:
                  "equal labels, files to label map, source", lines)  # fmt: skip
 
 
+def robustness() -> list[str]:
+    kills, fuzz, bad = (read(f"{TESTS}/{name}.csv") for name in ("kills", "fuzz", "bad_inputs"))
+    lines = []
+    for script in dict.fromkeys(row["what"] for row in kills):
+        rows = [row for row in kills if row["what"] == script]
+        tried, survived, minutes = (sum(float(row[key]) for row in rows) for key in ("kills", "survived", "minutes"))
+        lines.append([f"`{script}` killed at random moments and started again, {minutes:.0f} min",
+                      f"{tried:.0f} kills",
+                      f"after {survived:.0f} all files as without", source(f"{TESTS}/kills.csv", rows)])  # fmt: skip
+    refused = [row for row in bad if row["status"] == "2"]
+    scripts = len({row["script"] for row in bad})
+    lines.append([f"broken and hostile inputs of {scripts} scripts", f"{len(bad)} kinds",
+                  f"{len(refused)} refused in one line, {len(bad) - len(refused)} that can be read were read",
+                  source(f"{TESTS}/bad_inputs.csv", bad)])  # fmt: skip
+    for reader in dict.fromkeys(row["reader"] for row in fuzz):
+        rows = [row for row in fuzz if row["reader"] == reader]
+        minutes, executions, findings = (
+            sum(float(row[key]) for row in rows) for key in ("cpu_minutes", "executions", "findings")
+        )
+        lines.append([f"fuzzing of the reader `{reader}`, {minutes:.0f} min of a processor",
+                      f"{executions:,.0f} executions", f"{findings:.0f} findings, mended",
+                      source(f"{TESTS}/fuzz.csv", rows)])  # fmt: skip
+    return table("what, tried, outcome, source", lines)
+
+
 TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights, factors,
-                                           scaling)}  # fmt: skip
+                                           scaling, robustness)}  # fmt: skip
 
 
 CARDS = {  # model card -> its one table

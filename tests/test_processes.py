@@ -33,7 +33,7 @@ def disturbed(model, cases, epoch, *rest):
     return train_epoch(model, cases, epoch, *rest)
 
 training.train_epoch = disturbed
-device.join_processes.__defaults__ = (None, timedelta(seconds=10))
+device.join_processes.__defaults__ = (None, timedelta(seconds=20))
 runpy.run_path("train_unet.py", run_name="__main__")
 """
 
@@ -105,7 +105,7 @@ def test_what_one_process_may_not_do_ends_all_and_is_said_once(tensors, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("disturbance", "said"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"), ("time.sleep(3600)", "Timed out waiting 10000ms")],
+    [("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"), ("time.sleep(3600)", "Timed out waiting 20000ms")],
 )
 def test_a_process_that_is_killed_or_hangs_ends_the_others(tensors, tmp_path, disturbance, said):
     (tmp_path / "train.py").write_text(IN_EPOCH_2.format(disturbance))
@@ -163,9 +163,9 @@ def test_only_the_run_that_this_call_of_torchrun_began_goes_on_by_itself(tmp_pat
     (tmp_path / "last.pt").touch()
 
     def record(torchrun_id, *resumptions):
-        resumed = [{"torchrun_id": one, "changed": {}} for one in resumptions]
-        text = json.dumps({"torchrun_id": torchrun_id, "resumptions": resumed})
-        (tmp_path / "config.json").write_text(text)
+        resumptions = [{"torchrun_id": one, "changed": {}} for one in resumptions]
+        begun = {"torchrun_id": torchrun_id, "arguments": {}, "resumptions": resumptions}
+        (tmp_path / "config.json").write_text(json.dumps(begun))
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     record(None)

@@ -496,6 +496,17 @@ def test_a_run_resumes_with_another_number_of_processes_which_is_said_and_record
         assert len(losses_of(folder)) == 3
 
 
+def test_within_an_epoch_the_number_of_processes_stays(tensors, begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "begun") / RUN
+    record = json.loads((folder / "config.json").read_text()) | {"processes": 2}
+    (folder / "config.json").write_text(json.dumps(record))
+    last = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(last | {"progress": [{"step": 1}, {"step": 1}]}, folder / "last.pt")
+    with pytest.raises(InputError, match="within an epoch that 2 processes share"):
+        train(tensors, tmp_path / "begun", "--epochs", 3, "--fold", 1, "--resume")
+    assert json.loads((folder / "config.json").read_text()) == record
+
+
 @pytest.mark.slow
 def test_a_run_resumes_with_other_attention_and_checkpointing_but_not_with_another_network(tensors, tmp_path):
     flags = ["--feature-size", 12, "--window-size", 2, "--epochs", 1, "--run-name", "swin"]
