@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from models.brats import MODALITIES, SCHEME_USERS, describe_scheme
 from models.cases import LAYOUTS, Case, scheme_of
-from models.errors import InputError, InputWarning
+from models.errors import InputError, InputWarning, OutputError
 from models.files import remove_temporaries
 from models.interruption import SIGNALS, ignore_signals, raise_on_signals
 from models.labels import to_training_labels
@@ -96,8 +97,8 @@ def end_with_parent():
 
 def process_case(case: Case, out: Path, settings: dict) -> dict:
     """Read, transform and save one case; returns its entry in the manifest."""
-    from models.dataset import save_case  # needs torch
     from models.preprocessing import to_network  # needs torch
+    from models.tensors import save_case  # needs torch
 
     scheme = scheme_of(case)
     with warnings.catch_warnings(record=True) as caught:
@@ -170,11 +171,8 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
                 name = running.pop(future)
                 try:
                     manifest["cases"][name] = future.result()
-                except BrokenProcessPool:
-                    raise InputError(
-                        "a worker was killed, most likely for lack of memory. Lower --workers and run the same "
-                        "command again: what is done stays done."
-                    ) from None
+                except (BrokenProcessPool, OutputError):
+                    raise
                 except Exception as error:  # one bad case must not cost the other thousand
                     text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                     failures[name] = " ".join(text.split())
@@ -185,9 +183,13 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
                 write_manifest(file, manifest)
                 end = time.monotonic()
                 next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
-    except BaseException:
+    except BaseException as error:
         stop(pool, out)
-        write_manifest(file, manifest, durable=False)  # nobody waits for a busy disk after Ctrl-C
+        with suppress(OutputError):  # a full disk is told already
+            write_manifest(file, manifest, durable=False)  # nobody waits for a busy disk after Ctrl-C
+        if isinstance(error, BrokenProcessPool):
+            raise InputError("a worker was killed, most likely for lack of memory. Lower --workers and run the same "
+                             "command again: what is done stays done.") from None  # fmt: skip
         raise
     finally:
         progress.close()

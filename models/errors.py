@@ -9,6 +9,10 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended a script: Interrupted(its number, what is kept and how to go on, "" to say nothing)."""
 
 
+class OutputError(InputError):
+    """A file cannot be written, as on a full disk: there is no use in going on with the next case."""
+
+
 class InputWarning(UserWarning):
     """What is doubtful about an input that is used all the same: InputWarning(what, text). The scripts show it in one
     line; preprocessing keeps it in warnings.csv."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from models.errors import InputError
+from models.errors import InputError, OutputError
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 def whole_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write and read that is called `path` once it is whole, and has a temporary name beside it until then:
     whatever kills the process leaves the old file or the new one. So does a power failure, if it is `durable`: that
-    waits for the disk, seconds where it is busy."""
+    waits for the disk, seconds where it is busy. Raises OutputError where it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,8 +30,15 @@ def whole_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         if durable:
             _write_names(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch raises a RuntimeError of its own while it handles that of a full disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OutputError(f"{path}: cannot be written ({cause.strerror}). What was whole before still is.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that cannot be written to any more
+            temporary.unlink()
 
 
 def _write_names(folder: Path):

@@ -7,12 +7,13 @@ import torch.distributed as dist
 
 from models import runs
 from models.brats import TARGETS
-from models.dataset import Cases, load_case
+from models.dataset import Cases
 from models.device import rank, world_size
 from models.files import write_csv
 from models.losses import labels_from_logits
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.plots import prediction_overlay
+from models.tensors import load_case
 from models.training import Settings, logits_of_cases, validate
 
 

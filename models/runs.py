@@ -20,11 +20,12 @@ import torch
 
 from models import NETWORKS, build_model, cost, with_defaults
 from models.brats import MODALITIES
-from models.dataset import load_tensors, manifest_checksum, preprocessing_of_cases
+from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, torchrun_id, world_size
 from models.errors import InputError, one_line
 from models.files import ROOT, git_commit, portable, remove_temporaries, whole_file, write_atomically
 from models.records import CHECKPOINT, CHECKPOINT_FORMAT, LAST, RECORD, RESUMED, misfit, read_json
+from models.tensors import load_tensors
 
 PRETRAINED = "pretrained"  # the run of a network that comes with the project
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same

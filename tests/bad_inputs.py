@@ -136,21 +136,22 @@ def main() -> int:
         tried = try_all(sys.argv[1:])
         rows = [{"script": one.script, "kind": one.kind, "status": one.status, "message": one.message,
                  "peak_mib": round(one.peak_mib)} for one in tried]  # fmt: skip
-        Path("tried.json").write_text(json.dumps({"rows": rows, "wrong": sum(bool(one.wrong) for one in tried)}))
+        wrong = [f"{one.script}, {one.kind}: {one.wrong}" for one in tried if one.wrong]
+        Path("tried.json").write_text(json.dumps({"rows": rows, "wrong": wrong}))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         outcome = in_sandbox(Path(folder), sys.argv[1:])
-    print(f"{len(outcome['rows'])} kinds, {outcome['wrong']} of them wrong.")
+    print(f"{len(outcome['rows'])} kinds, {len(outcome['wrong'])} of them wrong.")
     if not sys.argv[1:]:
         with RESULTS.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(outcome["rows"][0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(outcome["rows"])
-    return int(outcome["wrong"] > 0)
+    return int(bool(outcome["wrong"]))
 
 
 def in_sandbox(folder: Path, words: list[str]) -> dict:
-    """Try the kinds in a process of its own on a copy of the code in `folder`; the rows, and how many are wrong."""
+    """Try the kinds in a process of its own on a copy of the code in `folder`; the rows, and what is wrong."""
     from conftest import copy_of_the_code
 
     copy_of_the_code(folder)

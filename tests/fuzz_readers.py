@@ -39,12 +39,12 @@ def reader_of(name: str):
     """A function that takes the bytes of a file and reads it, or raises InputError."""
     from models.brats import MODALITIES  # here and below: atheris has to see how a module is imported
     from models.cases import Case
-    from models.dataset import load_case
     from models.errors import InputError
     from models.labels import to_training_labels
     from models.nifti import read_label, read_nifti
     from models.preprocessing import to_network
     from models.runs import load_checkpoint
+    from models.tensors import load_case
     from models.volumes import read_case
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
@@ -139,9 +139,9 @@ def write_corpus():
 
     sys.path.insert(0, str(ROOT))
     from models.brats import MODALITIES
-    from models.dataset import save_case
     from models.preprocessing import to_network
     from models.records import CHECKPOINT_FORMAT
+    from models.tensors import save_case
 
     def write(reader, name, kind, data):
         path = CORPUS / reader / name

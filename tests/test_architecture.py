@@ -18,8 +18,8 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 # A module imports from its own floor and those above it in this list; "models" is models/__init__.py, build_model.
 FLOORS = [
     {"errors", "files", "interruption", "cli", "memory", "records", "device", "timing"},
-    {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "dataset",
-     "augment", "augment_strong", "copy_paste", "phantom"},
+    {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "tensors",
+     "dataset", "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
     {"losses", "runs", "checkpoints", "pretrained", "training", "final_test", "cost", "surfaces", "lesions", "metrics",

@@ -2,6 +2,7 @@
 patient."""
 
 import csv
+import os
 
 import nibabel
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from conftest import LPS, make_head, run_script, write_raw_case
 from test_nifti import turned
 
+from models import cohort
 from models.cases import find_cases
-from models.cohort import describe, fingerprint
+from models.cohort import describe, fingerprint, fitting_workers
 from models.manifest import join_patients, make_splits
 from models.volumes import Volumes, read_case
 
@@ -112,3 +114,21 @@ def test_the_fingerprints_of_other_patients_differ(tmp_path):
     for index in range(3):
         write_raw_case(tmp_path, f"BraTS2021_{index:05d}", seed=index)
     assert len({fingerprint(read_case(case)) for case in find_cases(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize(("shape", "dtype", "gib", "workers"), [
+    ((240, 240, 155), np.int16, 4, 7), ((512, 512, 300), np.int16, 4, 2), ((512, 512, 300), np.float32, 4, 1),
+    ((512, 512, 300), np.float32, 1, 1), ((512, 512, 300), np.int16, 40, 8), ((240, 240, 155), np.int16, np.nan, 8),
+])  # fmt: skip
+def test_no_more_workers_start_than_the_memory_holds_of_the_largest_case(
+    tmp_path, monkeypatch, shape, dtype, gib, workers
+):
+    """The header says how large it is; the voxels of this file are a hole in the disk."""
+    folder, _, _ = write_raw_case(tmp_path, "C0", layout="brats2020")
+    header = nibabel.Nifti1Image(np.zeros((1, 1, 1), dtype), LPS).header
+    header.set_data_shape(shape)
+    path = folder / "C0_flair.nii"
+    path.write_bytes(header.binaryblock + bytes(4))
+    os.truncate(path, 352 + np.prod(shape) * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(cohort, "free_ram_bytes", lambda: gib * 2**30)
+    assert fitting_workers(find_cases(tmp_path), {"size": 128, "spacing_mm": 1.0}, 8) == workers

@@ -20,7 +20,6 @@ from models.dataset import (
     choose_workers,
     epoch_order,
     input_size,
-    load_case,
     manifest_checksum,
     preprocessing_of_cases,
     read_split,
@@ -28,6 +27,7 @@ from models.dataset import (
 )
 from models.errors import InputError, InputWarning
 from models.manifest import make_splits
+from models.tensors import load_case
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ from models.device import (
     inference_dtype,
     native_dtypes,
     resolve_amp,
+    why_not_compile,
 )
 from models.memory import free_ram_bytes
 
@@ -117,3 +118,11 @@ def test_free_memory_is_the_least_of_what_the_system_and_every_cgroup_leave(syst
 
 def test_free_memory_is_unknown_where_the_system_does_not_tell(tmp_path):
     assert math.isnan(free_ram_bytes(tmp_path))
+
+
+def test_torch_compile_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("models.device.shutil.which", lambda name: None)
+    assert "g++" in why_not_compile(CPU)
+    assert "triton" in why_not_compile(torch.device("cuda"))
+    monkeypatch.setattr("models.device.shutil.which", lambda name: f"/usr/bin/{name}")
+    assert why_not_compile(CPU) is None

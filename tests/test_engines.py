@@ -188,13 +188,13 @@ def test_an_exported_network_runs_without_the_model_code(image, exported, tmp_pa
     torch.save(image, tmp_path / "image")
     code = ("import sys, torch, torch._inductor\n"
             "run = torch._inductor.aoti_load_package(sys.argv[1])\n"
-            "torch.save(run(torch.load(sys.argv[2])), sys.argv[3])\n"
+            "torch.save(run(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])\n"
             "assert not [name for name in sys.modules if name.split('.')[0] in ('models', 'monai')]")  # fmt: skip
     paths = [exported[0], tmp_path / "image", tmp_path / "logits"]
     command = [sys.executable, "-I", "-c", code, *map(str, paths)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), exported[1])
+    torch.testing.assert_close(torch.load(tmp_path / "logits", weights_only=True), exported[1])
 
 
 @pytest.mark.slow

@@ -2,16 +2,18 @@
 
 import gzip
 import os
+import struct
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from conftest import LPS, make_head
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from models.errors import InputError, InputWarning
 from models.files import write_atomically
-from models.nifti import onto_grid, read_label, read_nifti, write_label_nifti
+from models.nifti import onto_grid, read_label, read_nifti, to_ras, write_label_nifti
 
 
 def turned(voxels, affine, codes: str):
@@ -53,6 +55,20 @@ def test_what_surrounds_the_voxels_in_a_nii_gz_does_not_matter(tmp_path, kind):
     voxels = make_head()[0]["t1"]
     (tmp_path / "a.nii.gz").write_bytes(COMPRESSION[kind](nibabel.Nifti1Image(voxels, LPS).to_bytes()))
     assert np.array_equal(read_nifti(tmp_path / "a.nii.gz")[0], voxels)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_header_that_promises_more_than_the_file_can_hold_is_refused_before_memory_is_taken(tmp_path, compress):
+    raw = bytearray(nibabel.Nifti1Image(make_head()[0]["t1"], LPS).to_bytes())
+    struct.pack_into("<3h", raw, 42, 32000, 32000, 32000)  # dim[1] to dim[3]: 60 TB of int16
+    (tmp_path / "a.nii.gz").write_bytes(compress(bytes(raw)))
+    with pytest.raises(InputError, match="promises"):
+        read_nifti(tmp_path / "a.nii.gz")
+
+
+def test_a_volume_of_one_slice_is_turned_to_what_torch_takes():
+    turned = to_ras(np.zeros((1, 4, 1, 3), np.float32), np.diag([-1, -1, 1, 1]))
+    assert torch.from_numpy(np.ascontiguousarray(turned)[:, :, :0]).shape == (1, 4, 0, 3)
 
 
 def damaged(data: bytes) -> bytes:

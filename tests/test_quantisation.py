@@ -15,7 +15,6 @@ from models import build_model
 from models.benchmark import worker
 from models.benchmark.worker import Job, Model
 from models.brats import LABELS, MODALITIES
-from models.dataset import load_case, save_case
 from models.errors import InputError
 from models.inference import engines, quantisation
 from models.inference.availability import why_not
@@ -24,6 +23,7 @@ from models.inference.quantisation import as_input, calibration_images, refuse_o
 from models.losses import make_loss
 from models.preprocessing import to_network
 from models.runs import CHECKPOINT_FORMAT, load_model, open_run
+from models.tensors import load_case, save_case
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 32, 32, 32)

@@ -18,10 +18,11 @@ import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
 from models import build_model, cli, files, plots, refuse_unfit_size, runs, training
-from models.dataset import Cases, input_size, load_case, read_split
+from models.dataset import Cases, input_size, read_split
 from models.device import device_name
 from models.errors import InputError
 from models.runs import load_model, open_run
+from models.tensors import load_case
 
 SMALL = {"channels": (4, 8, 16, 32, 64)}
 REGIONS = SMALL | {"out_channels": 3}

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.device import DTYPES, float32_multiplication, synchronise
+from models.files import write_atomically
 from models.timing import latencies_ms
 
 PEAK_S = 3.0  # in which the peak of a number type has to be found, and the bandwidth
@@ -125,7 +126,7 @@ def profile(run: Callable, image, path: Path) -> dict[str, float]:
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = profiler.key_averages()
     operators = events.table(sort_by=key, row_limit=40, max_name_column_width=80)
-    path.with_name(f"{path.name}.txt").write_text(operators)
+    write_atomically(path.with_name(f"{path.name}.txt"), operators)
     profiler.export_chrome_trace(f"{path}-trace.json.gz")
     spent = dict.fromkeys(CATEGORIES, 0.0)
     for event in events:

@@ -23,7 +23,6 @@ from monai.networks.nets import SwinUNETR, UNet
 from models import build_model, with_defaults
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops, profile
 from models.cases import find_cases, scheme_of
-from models.dataset import load_case
 from models.device import choose_device, float32_multiplication, keep_freed_memory, peak_memory_gib, reset_peak_memory
 from models.errors import InputError, one_line
 from models.files import ROOT
@@ -34,6 +33,7 @@ from models.losses import labels_from_logits
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.preprocessing import label_map
 from models.runs import Run, load_model, open_run
+from models.tensors import load_case
 from models.timing import latencies_ms, stage_durations_ms, summary_of
 
 MONAI = "monai-"  # before the name of a model: MONAI's own class with the same weights

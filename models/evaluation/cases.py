@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from models.cases import Case, scheme_of
-from models.dataset import load_case, read_manifest
+from models.dataset import read_manifest
 from models.errors import InputError
 from models.labels import to_training_labels
 from models.nifti import describe_affine, onto_grid, read_label, to_ras
 from models.preprocessing import to_network
+from models.tensors import load_case
 from models.volumes import read_case, read_segmentation
 
 

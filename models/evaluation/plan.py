@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.brats import patient_of
-from models.dataset import load_case, manifest_checksum, read_split
+from models.dataset import manifest_checksum, read_split
 from models.device import rank, world_size
 from models.errors import InputError
 from models.runs import Run
+from models.tensors import load_case
 
 ENSEMBLE = "ensemble"
 

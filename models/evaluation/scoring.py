@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from models.brats import LABELS
+from models.errors import InputError
 from models.labels import to_raw_labels
 from models.metrics import confusion, dice_per_target, score_case
 from models.nifti import write_label_nifti
@@ -67,12 +69,15 @@ def scored(jobs: Iterator[Job], processes: int) -> Iterator[Scored]:
     # "spawn": a fork would copy the locks of numerical libraries.
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         waiting = deque()
-        for job in jobs:
-            waiting.append(pool.submit(score, job))
-            if len(waiting) > AHEAD * processes:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(score, job))
+                if len(waiting) > AHEAD * processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise InputError("a scoring process was killed, most likely for lack of memory. Lower --workers.") from None
 
 
 def score(job: Job) -> Scored:

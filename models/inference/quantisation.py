@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.dataset import load_case
 from models.errors import InputError
 from models.inference.exports import openvino_core, openvino_session
 from models.losses import labels_from_logits
 from models.runs import Run
+from models.tensors import load_case
 
 CASES = 20  # of the calibration, at most
 # Shares of equal labels below which int8 is refused. Most voxels are background, and a network that lost every tumour

@@ -82,8 +82,8 @@ def load_raw(case: Case) -> Scene:
 
 def load_tensor(path: Path) -> Scene:
     """The scene of a preprocessed case; it is called as its file is."""
-    from models.dataset import load_case  # needs torch, for which nobody who looks at a raw case has to wait
     from models.preprocessing import network_spacing_mm  # and so does this
+    from models.tensors import load_case  # needs torch, for which nobody who looks at a raw case has to wait
 
     case = load_case(path)
     maps = {"truth": case["label"][0].numpy()} if "label" in case else {}

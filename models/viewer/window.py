@@ -1,5 +1,7 @@
 """The four-pane window of the viewer: its state, its drawing, and how it responds to wheel, keys and cursor."""
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
 
 from models.brats import LABEL_NAMES, LABELS, MODALITIES
-from models.errors import InputError
+from models.errors import InputError, OutputError
+from models.files import write_atomically
 from models.plots import (
     CONVENTION,
     LABEL_COLORS,
@@ -324,7 +327,10 @@ class Viewer:
             self.show_legend()
             self.show_slice()
         elif event.key == "s":
-            self.save(Path(f"{self.scene.name}_{self.plane}_{self.index}.png"))
+            try:
+                self.save(Path(f"{self.scene.name}_{self.plane}_{self.index}.png"))
+            except OutputError as error:
+                print(error, file=sys.stderr)
         elif event.key == "q":
             pyplot.close(self.figure)
 
@@ -353,5 +359,7 @@ class Viewer:
         return f"{where}   {'  '.join(values)}{label}"
 
     def save(self, path: Path):
-        self.figure.savefig(path, dpi=100, facecolor="black")
+        picture = io.BytesIO()
+        self.figure.savefig(picture, dpi=100, facecolor="black", format="png")
+        write_atomically(path, picture.getvalue())
         print(f"Wrote {path}")

@@ -29,9 +29,9 @@ from csv_rows import append_rows
 from recipe import ROOT, dice_of_cases, difference, means, scores_of
 
 from models.brats import LABELS, TARGETS
-from models.dataset import load_case
 from models.device import choose_device, device_name
 from models.files import git_commit
+from models.tensors import load_case
 
 RESULTS = Path(__file__).parent / "results" / "initial_weights.csv"
 RUNS = ROOT / "models" / "unet" / "results"

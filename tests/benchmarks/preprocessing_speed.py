@@ -28,8 +28,8 @@ from monai import transforms as mt
 from models.brats import MODALITIES
 from models.cases import find_cases
 from models.cohort import process_case
-from models.dataset import load_case
 from models.files import git_commit
+from models.tensors import load_case
 
 
 def monai_chain(size: int):
@@ -103,7 +103,7 @@ def compare(case, chain, settings: dict, out: Path) -> dict:
     image, label = made["image"].clone(), made["label"].clone()
     ours.unlink()
     monai_s = cpu_seconds(run_monai)
-    expected = torch.load(theirs)
+    expected = torch.load(theirs, weights_only=True)
     theirs.unlink()
     difference = (image - expected["image"].float()).abs()
     return {

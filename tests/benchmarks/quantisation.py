@@ -23,7 +23,6 @@ import torch
 from csv_rows import append_rows
 
 from models.brats import REGIONS
-from models.dataset import load_case
 from models.device import DTYPES, choose_device, device_name, native_dtypes
 from models.files import git_commit
 from models.inference.engines import load_engine
@@ -31,6 +30,7 @@ from models.inference.quantisation import calibration_images, label_counts
 from models.losses import labels_from_logits
 from models.metrics import confusion, dice_per_target
 from models.runs import Run, load_model, open_run
+from models.tensors import load_case
 
 CPU = choose_device("cpu")
 

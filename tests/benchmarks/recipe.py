@@ -31,13 +31,14 @@ import numpy as np
 import torch
 
 from models.brats import LABELS, TARGETS
-from models.dataset import load_case, read_split
+from models.dataset import read_split
 from models.device import AMP_DTYPES, choose_device, device_name
 from models.files import git_commit
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import label_map
 from models.runs import load_model, open_run, read_record
+from models.tensors import load_case
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "recipe.csv"
