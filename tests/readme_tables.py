@@ -27,6 +27,7 @@ ENGINES = "models/benchmark/results"
 REAL_RUN = "models/unet/results/real-64"
 FOLDS = "models/unet/results/real-96-fold0"  # holds the cross-validation of both networks
 NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
+ROWS = {"unet": "real-96", "swinunetr": "swinunetr-real-96"}  # what the folds are called there
 COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
@@ -149,7 +150,7 @@ def headlines() -> list[str]:
     demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
     folds = read(f"{FOLDS}/evaluation-cross-validation/per_case.csv")
     means = {(network, region): fmean(float(row["dice"]) for row in folds
-                                      if row["run"].startswith(network) and row["target"] == region)
+                                      if row["run"] == ROWS[network] and row["target"] == region)
              for network in NETWORKS for region in REGIONS}  # fmt: skip
     unet, transformer = (dice({region: means[network, region] for region in REGIONS}, "") for network in NETWORKS)
     lines = [
@@ -221,7 +222,7 @@ def cross_validation(*networks: str) -> list[str]:
     for network in networks or NETWORKS:
         link = source(path, [commit_of(FOLDS.replace("unet", network, 1))])
         for target in REGIONS:
-            chosen = [row for row in rows if row["run"].startswith(network) and row["target"] == target]
+            chosen = [row for row in rows if row["run"] == ROWS[network] and row["target"] == target]
             cells = []
             for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
                 values = np.array([row[measure] for row in chosen if row[measure]], float)
@@ -241,7 +242,7 @@ def weights() -> list[str]:
         folder = f"models/{network}/results/pretrained"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
         epochs, side = record["arguments"]["epochs"], record["size"][0]
-        chosen = [row for row in rows if row["run"].startswith(network)]
+        chosen = [row for row in rows if row["run"] == ROWS[network]]
         means = {region: fmean(float(row["dice"]) for row in chosen if row["target"] == region) for region in REGIONS}
         lines.append([
             f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
