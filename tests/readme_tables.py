@@ -277,14 +277,20 @@ def factors() -> list[str]:
 
 def scaling() -> list[str]:
     path, lines = f"{TESTS}/scaling.csv", []
-    rows = [row for row in read(path) if row["hours_a_fold"]]
+    rows = read(path, "device")
     for device in dict.fromkeys(row["device"] for row in rows):
         cells = []
         for network in NETWORKS:
             (row,) = (row for row in rows if (row["network"], row["device"]) == (network, device))
-            fits = "" if float(row["needed_gib"]) < float(row["memory_gib"]) else ", too little memory"
-            cells += [seconds(float(row["computed_step_ms"]) / 1e3), f"{float(row['hours_a_fold']):.1f} h{fits}"]
-        lines.append([device, *cells])
+            step = seconds(float(row["computed_step_ms"]) / 1e3)
+            if row["measured_step_ms"]:  # of a processor, at a size that it does in seconds
+                measured = seconds(float(row["measured_step_ms"]) / 1e3)
+                cells += [f"{step} at {row['side']}³, measured {measured}", "-"]
+            else:
+                fits = "" if float(row["needed_gib"]) < float(row["memory_gib"]) else ", too little memory"
+                hours = float(row["hours_a_fold"])
+                cells += [step, (f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h") + fits]
+        lines.append([device.removesuffix(", off"), *cells])
     lines = [[*line, source(path, rows) if not index else ""] for index, line in enumerate(lines)]
     return table("GPU, U-Net: step, 200 epochs, Swin UNETR: step, 300 epochs, source", lines)
 
