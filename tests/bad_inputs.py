@@ -78,7 +78,7 @@ def try_kind(script: str, kind: str, make, words: str, box: Path) -> Tried:
         signal.alarm(0)
         sys.argv = argv
     peak_mib = (peak_memory_gib(cpu) - start_gib) * 1024
-    lines = [line for line in stderr.getvalue().splitlines() if line.strip() and "/s]" not in line]  # but for progress
+    lines = [line for line in stderr.getvalue().splitlines() if line.strip() and "%|" not in line]  # but for progress
     if any(line.startswith("usage: ") for line in lines):
         lines = lines[-1:]
     message = " ".join(lines[-1:]).replace(str(Path.cwd()), ".")
@@ -134,7 +134,7 @@ def try_all(words: list[str]) -> list[Tried]:
 def main() -> int:
     if os.environ.get("BAD_INPUTS_SANDBOX"):
         tried = try_all(sys.argv[1:])
-        rows = [{"script": one.script, "kind": one.kind, "status": one.status, "message": one.message,
+        rows = [{"script": one.script, "kind": one.kind, "status": one.status, "message": one.message[:200],
                  "peak_mib": round(one.peak_mib)} for one in tried]  # fmt: skip
         wrong = [f"{one.script}, {one.kind}: {one.wrong}" for one in tried if one.wrong]
         Path("tried.json").write_text(json.dumps({"rows": rows, "wrong": wrong}))

@@ -175,7 +175,9 @@ def test_background_stays_0_where_the_window_reaches_below_it():
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
-def test_the_window_of_intensities_is_that_of_numpy_percentile(dtype):
+@pytest.mark.parametrize("at_a_time", [100, 2**22])
+def test_the_window_of_intensities_is_that_of_numpy_percentile(monkeypatch, dtype, at_a_time):
+    monkeypatch.setattr("models.preprocessing.COUNTED_AT_A_TIME", at_a_time)
     rng = np.random.default_rng(0)
     for volume in (*raw_intensities(), rng.integers(-32768, 32768, (9, 9, 9)), rng.integers(0, 2, (3, 3, 3))):
         voxels = volume.astype(dtype)
