@@ -248,7 +248,7 @@ def run_kinds():
         "a weight too few": stored(model=lambda all: dict(list(all["model"].items())[1:])),
         "weights that are text": stored(model=lambda all: dict.fromkeys(all["model"], "x")),
         "another network": stored(network="../unet"),
-        "another format": stored(format=2),
+        "another format": stored(format=99),
         "a setting that there is not": stored(config=lambda all: all["config"] | {"depth": 9}),
         "a setting of the wrong type": stored(config=lambda all: all["config"] | {"channels": "many"}),
         "a network of a petabyte": stored(config=lambda all: all["config"] | huge),
