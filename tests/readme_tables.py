@@ -275,6 +275,25 @@ def factors() -> list[str]:
                  "GMAC, step, source", lines)  # fmt: skip
 
 
+def starts() -> list[str]:
+    """What a short training on three patients reaches from several weights; the first line is from random ones."""
+    path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
+    for row in read(path):
+        groups.setdefault((row["start"], row["epochs"]), []).append(row)
+    scores = {key: recipe.scores_of(rows) for key, rows in groups.items()}
+    first = scores["random", "10"]
+    for start, epochs in sorted(scores, key=lambda key: (key[0] != "random", key)):
+        each = scores[start, epochs]
+        cells = [f"{mean:.3f}" for mean in recipe.means(np.array(list(each.values())))]
+        change, (low, high), better, count = recipe.difference(first, each)
+        compared = f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
+        names = {"random": "random", "phantoms": "24 phantoms", "patients": "6 other patients"}
+        link = source(path, groups[start, epochs]) if start == "random" else ""
+        lines.append([names[start], epochs, *cells, "-" if each is first else compared, link])
+    return table("weights from, epochs on 3 patients, labels, WT, TC, ET, difference of labels (95 % interval) and "
+                 "better in, source", lines)  # fmt: skip
+
+
 def scaling() -> list[str]:
     path, lines = f"{TESTS}/scaling.csv", []
     rows = read(path, "device")
@@ -337,7 +356,7 @@ def robustness() -> list[str]:
 
 
 TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights, factors,
-                                           scaling, robustness)}  # fmt: skip
+                                           starts, scaling, robustness)}  # fmt: skip
 
 
 CARDS = {  # model card -> its one table

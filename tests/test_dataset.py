@@ -244,7 +244,8 @@ def manifest_of(tmp_path):
 
     def write(**marks):
         cases = {name.replace("_", "-"): {"patient": name, "fingerprint": mark} for name, mark in marks.items()}
-        (tmp_path / "manifest.json").write_text(json.dumps({"cases": cases}))
+        settings = {"size": 32, "spacing_mm": 1.0}
+        (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "cases": cases}))
         return tmp_path
 
     return write

@@ -62,6 +62,7 @@ def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, r
     assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(trained):
     """Each predicts a share of the cases; the tables and pictures are the same, but for the times."""
     flags = [RUN, "--split", "train", "--allow-trained-on", "--engine", "eager", "--out"]

@@ -271,7 +271,7 @@ def test_without_test_cases_a_training_says_so_and_skips_the_test(raw, tmp_path)
     assert open_run(run).split["test"] == []
 
 
-@pytest.mark.parametrize("script", ["train_unet.py", "train_swinunetr.py"])
+@pytest.mark.parametrize("script", ["train_unet.py", pytest.param("train_swinunetr.py", marks=pytest.mark.slow)])
 def test_regions_on_patches_of_native_z_scores(native, tmp_path, script):
     """All of the other track at once, from the raw cases on."""
     flags = ["--size", "native", "--normalize", "zscore", "--compact"]

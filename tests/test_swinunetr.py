@@ -190,6 +190,7 @@ def test_v2_is_that_of_monai():
         assert (ours(image) - theirs(image)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_gradients_of_v2_with_dropped_branches_are_those_of_monai():
     """Both draw the branches that they leave out in the same order from the same generator; the rates are eighths,
     which float32, in which MONAI keeps them, has exactly. Computing activations again draws nothing anew."""
