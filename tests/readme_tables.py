@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of README.md and of the model cards, generated from committed CSV files: what stands between
+"""The tables of README.md, RESULTS.md and the model cards, generated from committed CSV files: what stands between
 `<!-- table: NAME -->` and `<!-- end -->` there is what the function of that name returns here.
 
   python tests/readme_tables.py        (writes them anew; a table whose CSV is missing is named and left as it is)
@@ -355,10 +355,16 @@ def robustness() -> list[str]:
     return table("what, tried, outcome, source", lines)
 
 
-TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights, factors,
-                                           starts, scaling, robustness)}  # fmt: skip
+TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights)}
 
 
+def beside(make) -> list[str]:
+    """A table for a file in tests/benchmarks/."""
+    return [line.replace(f"]({TESTS}/", "](results/") for line in make()]
+
+
+MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(beside, make)
+                                               for make in (factors, starts, scaling, robustness)}}  # fmt: skip
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {"scores": partial(cross_validation, network)}
     for network in NETWORKS
@@ -367,7 +373,7 @@ CARDS = {  # model card -> its one table
 
 def main() -> str | None:
     missing = []
-    for file, tables in ({README: TABLES} | CARDS).items():
+    for file, tables in ({README: TABLES} | MORE | CARDS).items():
         text = file.read_text(encoding="utf-8")
         for opening, name, old, end in BLOCK.findall(text):
             try:
