@@ -57,6 +57,7 @@ class Run:
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
     fold: int | None  # of its data, that it was validated on
+    settings: dict  # of the training, but for the fold: flags that change what a network learns
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ def open_run(path: str | Path) -> Run:
     checkpoint = load_checkpoint(checkpoint_file, mmap=True)
     folder = checkpoint_file.resolve().parent
     record = read_record(folder)
-    data, fold = (record.get("arguments", {}).get(flag) for flag in ("data", "fold"))
+    arguments = current_arguments(record) if "arguments" in record else {}
+    data, fold = arguments.get("data"), arguments.get("fold")
     return Run(
         name=checkpoint["network"] if folder.name == PRETRAINED else folder.name,
         folder=checkpoint_file.parent,
@@ -84,6 +86,7 @@ def open_run(path: str | Path) -> Run:
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
         fold=fold if isinstance(fold, int) else None,
+        settings={flag: value for flag, value in arguments.items() if flag not in {*FREE_FLAGS, "fold"} - {"epochs"}},
     )
 
 

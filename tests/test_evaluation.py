@@ -14,7 +14,7 @@ from models.brats import TARGETS
 from models.cases import find_cases
 from models.errors import InputError
 from models.evaluation.cases import find_predictions, item_on_its_grid, raw_item, read_ahead, read_prediction
-from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, plan_raw, refuse_trained_on
+from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, names_of_groups, plan_raw, refuse_trained_on
 from models.evaluation.scoring import Job, pack, score, scored, unpack
 from models.nifti import to_ras
 from models.runs import Run
@@ -23,10 +23,11 @@ SPLIT = {"train": ["a", "BraTS-GLI-00001-000"], "validation": ["c"], "test": ["d
 PREPROCESSING = {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
 
 
-def run(name: str, fold: int | None = None, network="unet", data_sha256="1", split=SPLIT) -> Run:
+def run(name: str, fold: int | None = None, network="unet", data_sha256="1", split=SPLIT, **settings) -> Run:
     where = {"name": name, "folder": Path(name), "checkpoint": Path(name, "best.pt"), "data": Path("data")}
     trained = {"network": network, "config": {}, "epoch": 1, "amp": "off", "size": [32] * 3, "inference": {}}
-    return Run(**where, **trained, preprocessing=PREPROCESSING, data_sha256=data_sha256, split=split, fold=fold)
+    data = {"preprocessing": PREPROCESSING, "data_sha256": data_sha256, "split": split, "fold": fold}
+    return Run(**where, **trained, **data, settings=settings)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -35,6 +36,20 @@ def run(name: str, fold: int | None = None, network="unet", data_sha256="1", spl
 def test_folds_of_each_network_are_one_group():
     runs = [run("u0", 0), run("s0", 0, "swinunetr"), run("u1", 1), run("s1", 1, "swinunetr")]
     assert [[member.name for member in group] for group in fold_groups(runs)] == [["u0", "u1"], ["s0", "s1"]]
+
+
+def test_folds_of_each_way_of_training_are_one_group():
+    runs = [run(f"{name}{fold}", fold, **flags) for name, flags in (("a", {"epochs": 1}), ("b", {"epochs": 2}))
+            for fold in (0, 1)]  # fmt: skip
+    assert [[member.name for member in group] for group in fold_groups(runs)] == [["a0", "a1"], ["b0", "b1"]]
+
+
+def test_groups_of_folds_with_one_name_are_told_apart_by_their_network():
+    unet, swin, other = ([run(f"{name}-fold{fold}", fold, network) for fold in (0, 1)]
+                         for name, network in (("cv", "unet"), ("cv", "swinunetr"), ("other", "unet")))  # fmt: skip
+    assert names_of_groups([unet, swin, other]) == ["unet-cv", "swinunetr-cv", "other"]
+    with pytest.raises(InputError, match="both called unet-cv"):
+        names_of_groups([unet, unet])
 
 
 def test_runs_without_folds_are_no_cross_validation():

@@ -67,13 +67,13 @@ def names_of(runs: list[Run], ensemble: bool) -> list[str]:
 
 
 def fold_groups(runs: list[Run]) -> list[list[Run]] | None:
-    """The runs by network and settings, where every run is one of several folds; else None. InputError for a fold given
-    twice and for folds of other data."""
+    """The runs by network and settings of the training, where every run is one of several folds; else None. InputError
+    for a fold given twice and for folds of other data."""
     if len(runs) < 2 or any(run.fold is None for run in runs):
         return None
     groups = {}
     for run in runs:
-        groups.setdefault((run.network, json.dumps(run.config, sort_keys=True)), []).append(run)
+        groups.setdefault((run.network, json.dumps([run.config, run.settings], sort_keys=True)), []).append(run)
     if min(map(len, groups.values())) < 2:
         return None
     for group in groups.values():
@@ -95,6 +95,20 @@ def name_of_folds(group: list[Run]) -> str:
     return common or group[0].network
 
 
+def names_of_groups(groups: list[list[Run]]) -> list[str]:
+    """What each group of folds is called, with the network's name before it where two would be called the same.
+    InputError where that does not help."""
+    shared = [name_of_folds(group) for group in groups]
+    names = [
+        f"{group[0].network}-{name}" if shared.count(name) > 1 else name
+        for name, group in zip(shared, groups, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"folds of different trainings are both called {name}: rename the folders of one of them.")
+    return names
+
+
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
@@ -111,15 +125,12 @@ def plan(runs: list[Run], data: Path | None, split: str | None, ensemble: bool) 
         split = f"{split or 'test'} cases"
         entries = [Entry(name, split, (Part((run,), cases, folder),)) for name, run in zip(names, runs, strict=True)]
         return entries + ([Entry(ENSEMBLE, split, (Part(tuple(runs), cases, folder),))] if ensemble else [])
-    entries = []
-    for group in groups:
+    entries, names = [], names_of_groups(groups)
+    for name, group in zip(names, groups, strict=True):
         parts = []
         for run in sorted(group, key=lambda run: run.fold):
             folder, cases = choose_cases([run], data, "validation")
             parts.append(Part((run,), cases, folder))
-        name = name_of_folds(group)
-        if len(groups) > 1 and any(name == entry.name for entry in entries):
-            name = f"{group[0].network}-{name}"
         if any(run.checkpoint.name == "best.pt" for run in group):
             print(f"Note: the best epoch of each fold of {name} was chosen on the cases that it is scored on. Name the "
                   "last.pt of the runs to score their last epochs.")  # fmt: skip
