@@ -80,7 +80,8 @@ def main() -> int:
     segment = None
     if args.run:
         segmentation.refuse_unfit_tensor(scene, segmenter.run)
-        segment = partial(segmentation.segment_scene, segmentation.with_engine(segmenter, args.engine))
+        cases = 1 if args.save else len(loaders)
+        segment = partial(segmentation.segment_scene, segmentation.with_engine(segmenter, args.engine, cases))
     figure = new_figure(with_window=not args.save)
     if segment and args.save:
         scene = segment(scene)

@@ -150,9 +150,10 @@ def add_engine_argument(parser):
     parser.add_argument("--engine", default="auto",
                         choices=("auto", "eager", "fused", "compile", "cudagraph", "aot", "onnx", "openvino",
                                  "openvino-int8"),
-                        help="what runs the network; auto: OpenVINO if it is installed and measured to be faster on "
-                             "this CPU, else the modules; openvino-int8: the network rounded to 8 bits, calibrated "
-                             "with the training cases of the run: faster, and not quite as it was trained")
+                        help="what runs the network; auto: OpenVINO if it is installed, measured to be faster on "
+                             "this CPU, and worth the half minute of making it, else the modules; openvino-int8: the "
+                             "network rounded to 8 bits, calibrated with the training cases of the run: faster, and "
+                             "not quite as it was trained")
 
 
 # ---- training flags ------------------------------------------------------------------------------------------------

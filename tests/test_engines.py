@@ -340,19 +340,24 @@ def test_the_faster_layout_is_taken_and_remembered(unet, tmp_path, monkeypatch, 
 def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
     unet, image, tmp_path, monkeypatch, capsys, faster
 ):
-    def in_turns(networks, *_):
+    def in_turns(networks, *_, turns=3):
+        if turns == 1:
+            return {"modules": 2.0}
         assert networks["openvino"].engine == "openvino" and networks["modules"] is unet
         assert networks["openvino"].dtype == "float32"  # never int8: that is no longer the network as trained
-        return {name: 1.0 if name == faster else 2.0 for name in networks}
+        return {"openvino": 1.0 if faster == "openvino" else 3.0, "modules": 2.0}
 
     monkeypatch.setattr(engines, "_in_turns", in_turns)
-    chosen = engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path)
+    few, many = 29_999, 30_000  # passes of 2 ms: almost a minute, and a minute
+    assert engines.choose_engine(unet, "auto", None, 32, CPU, few, tmp_path) is unet
+    chosen = engines.choose_engine(unet, "auto", None, 32, CPU, many, tmp_path)
     assert engines.engine_name(chosen) == faster
     same = (predict(chosen, image[0]).argmax(0) == predict(unet, image[0]).argmax(0)).float().mean()
     assert same >= 0.999 and f"taking {faster}" in capsys.readouterr().err
     monkeypatch.setattr(engines, "_in_turns", None)  # nothing is measured again
-    again = engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path)
+    again = engines.choose_engine(unet, "auto", None, 32, CPU, many, tmp_path)
     assert engines.engine_name(again) == faster
+    assert engines.choose_engine(unet, "auto", None, 32, CPU, few, tmp_path) is unet
 
 
 @pytest.mark.skipif(why_not("openvino", "float32", CPU, torch.nn.Identity()) is not None, reason="no openvino")
@@ -379,7 +384,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 def test_without_openvino_the_modules_predict(unet, tmp_path, monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
-    assert engines.choose_engine(unet, "auto", None, 32, CPU, tmp_path) is unet
+    assert engines.choose_engine(unet, "auto", None, 32, CPU, 10**9, tmp_path) is unet
 
 
 def test_the_fastest_is_that_of_most_turns(image):

@@ -218,7 +218,7 @@ def test_an_image_of_another_size_is_cropped_to_its_middle_or_padded(sides, take
 
 
 def test_the_engine_of_that_name_is_calibrated_with_the_cases_of_the_run(unet, run, engine, cache):
-    chosen = choose_engine(unet, "openvino-int8", torch.bfloat16, 32, CPU, cache, run=run)
+    chosen = choose_engine(unet, "openvino-int8", torch.bfloat16, 32, CPU, 1, cache, run=run)
     image = as_input(calibration_images(run)[0], SHAPE)
     assert engine_name(chosen) == "openvino-int8" and torch.equal(chosen(image), engine(image))
 

@@ -48,6 +48,8 @@ from models.nifti import spacing_of, to_ras
 from models.preprocessing import label_map, native_label_map, network_spacing_mm
 from models.runs import Run, load_model, open_run
 
+TYPICAL_WINDOWS = 8  # of a head: two of 128 voxels along each axis
+
 
 @dataclass(frozen=True)
 class Options:
@@ -86,12 +88,14 @@ class Work:
 
 def make_ready(work: Work, options: Options, device: torch.device):
     """Make the engines of all networks, before the first case."""
-    for part in (part for entry in work.entries for part in entry.parts):
+    parts = [part for entry in work.entries for part in entry.parts]
+    for part in parts:
         for run in part.runs:
             if run.checkpoint not in work.members:
                 network, its_run = work.networks[run.checkpoint], replace(run, data=part.data or run.data)
+                cases = sum(len(one.cases) for one in parts if run in one.runs)
                 with first_process_first():  # it measures which engine is fastest, and the others take that one, too
-                    work.members[run.checkpoint] = ready(its_run, network, input_shape(part), options, device)
+                    work.members[run.checkpoint] = ready(its_run, network, input_shape(part), cases, options, device)
 
 
 def jobs_of(work: Work, failures: dict[str, str] | None) -> Iterator[Job]:
@@ -209,10 +213,13 @@ def say_windows(run: Run, member: Member, item: Item):
               f"sums take {gib:.2f} GiB on the device for {' x '.join(map(str, shape))} voxels.")
 
 
-def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], options: Options, device) -> Member:
-    """A run's network, or the engine made of it, as its record wants it to be used; the first pass is over."""
+def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], cases: int, options: Options, device) -> Member:
+    """A run's network, or the engine made of it for so many cases, as its record wants it to be used; the first pass is
+    over."""
     dtype = inference_dtype(options.amp, run.amp, device)
-    network = choose_engine(network, options.engine, dtype, shape[-1], device, run=run)
+    whole_case = run.preprocessing is None or run.preprocessing["size"] is not None
+    passes = cases * (8 if options.tta else 1) * (1 if whole_case else TYPICAL_WINDOWS)
+    network = choose_engine(network, options.engine, dtype, shape[-1], device, passes, run=run)
     member = member_of(run, network, dtype)
     predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all others: not timed
     return member if options.overlap is None else replace(member, overlap=options.overlap)

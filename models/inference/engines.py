@@ -57,6 +57,7 @@ FALLBACK = {
 }  # fmt: skip
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last-3d": torch.channels_last_3d}
 TURNS = 3  # in which OpenVINO and the modules are compared
+WORTH_S = 60  # of predicting with the modules: for less it is not worth half a minute to make an engine
 CACHE = Path(".engines")  # compiled files and measured layouts; can be deleted at any time
 
 
@@ -132,10 +133,12 @@ def load_engine(
 
 
 def choose_engine(
-    model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE, run: Run | None = None
-):
-    """What is to predict cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where it can run and
-    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`.
+    model, engine: str, amp_dtype, size: int, device: torch.device, passes: int, cache: Path = CACHE,
+    run: Run | None = None,
+):  # fmt: skip
+    """What is to predict about `passes` cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where
+    it can run, is faster than the network's own modules and these would take a while, else the network. Measured once;
+    the times are kept in `cache`.
 
     "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless somebody asks for
     something else, a score is that of the network as it was trained.
@@ -151,15 +154,21 @@ def choose_engine(
         return model
     image = torch.rand(shape)
     path = cache / f"{_stem(model, 'auto', dtype, image, weights=False)}.json"
-    median_ms = json.loads(path.read_text()) if path.is_file() else None
+    if path.is_file():
+        median_ms = json.loads(path.read_text())
+    else:
+        median_ms = _in_turns({"modules": model}, image, amp_dtype, turns=1)
+        write_atomically(path, json.dumps(median_ms))
+    if passes * median_ms["modules"] < 1e3 * WORTH_S:
+        return model
     made = None
-    if median_ms is None or median_ms["openvino"] < median_ms["modules"]:
+    if median_ms.get("openvino", 0) < median_ms["modules"]:
         try:
             made = load_engine(model, "openvino", dtype, shape=shape, cache=cache, fallback=False)
         except Exception as error:
             log(f"Warning: OpenVINO cannot run it ({one_line(error)}).")
             return model
-    if median_ms is None:
+    if "openvino" not in median_ms:
         median_ms = _in_turns({"openvino": made, "modules": model}, image, amp_dtype)
         write_atomically(path, json.dumps(median_ms))
     fastest = min(median_ms, key=median_ms.get)
@@ -175,11 +184,11 @@ def engine_name(network) -> str:
     return f"{network.engine}-int8" if network.dtype == "int8" else network.engine
 
 
-def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
+def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype, turns: int = TURNS) -> dict[str, float]:
     """The median milliseconds in which each network predicts; they take turns, so that other work on the machine
     disturbs all of them."""
     times = {name: [] for name in networks}
-    for _ in range(TURNS + 1):
+    for _ in range(turns + 1):
         for name, network in networks.items():
             times[name] += latencies_ms(lambda one, by=network: predict(by, one[0], amp_dtype), [image], 1, warmup_s=0)
     return {name: median(ms[1:]) for name, ms in times.items()}  # the first turn warms up

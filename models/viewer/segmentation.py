@@ -39,10 +39,10 @@ def load_segmenter(path: Path, device: str, amp: str) -> Segmenter:
     return Segmenter(run, load_model(path, device)[0], device, inference_dtype(amp, run.amp, device))
 
 
-def with_engine(segmenter: Segmenter, engine: str) -> Segmenter:
-    """With an engine in place of the network, as --engine says; making one can take a minute."""
-    run = segmenter.run
-    chosen = choose_engine(segmenter.network, engine, segmenter.amp_dtype, run.size[0], segmenter.device, run=run)
+def with_engine(segmenter: Segmenter, engine: str, cases: int) -> Segmenter:
+    """With an engine in place of the network for so many cases, as --engine says; making one can take a minute."""
+    network, dtype, device, run = segmenter.network, segmenter.amp_dtype, segmenter.device, segmenter.run
+    chosen = choose_engine(network, engine, dtype, run.size[0], device, cases, run=run)
     return replace(segmenter, network=chosen)
 
 
