@@ -8,7 +8,7 @@ RUN = .venv/bin/python
 demo: .venv/ready
 	@$(RUN) tests/benchmarks/demo_minutes.py
 	rm -rf demo models/unet/results/demo models/swinunetr/results/demo
-	$(RUN) -m models.phantom demo/raw --cases 16
+	$(RUN) -m models.phantom demo/raw --cases 16 --first 1000
 	$(RUN) view_interactive_4pane_brats.py demo/raw --save demo/case.png
 	$(RUN) view_interactive_4pane_brats.py demo/raw --run unet --save demo/case_by_weights_from_patients.png
 	[ -z "$$BRATS_REAL_CASES" ] || \

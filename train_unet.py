@@ -47,7 +47,7 @@ def main() -> int:
     device = training.setup(args.device, args.seed, args.deterministic)
     model = build_model("unet", **config)
     if args.init and not args.resume:
-        runs.load_initial_weights(model, args.init)
+        runs.load_initial_weights(model, args.init, split)
     folder = runs.choose_folder(model.network, args.run_name)
     args.resume |= runs.restarted(folder)
     with runs.locked(folder):

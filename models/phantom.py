@@ -271,18 +271,18 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
     write_atomically(path, igzip.compress(data, compresslevel=2, mtime=0) if path.suffix == ".gz" else data)
 
 
-def write_cases(out: Path, cases: int, seed: int, layout: str):
-    """Write cases 0 to cases-1 in parallel, and for the MSD layout its dataset.json."""
+def write_cases(out: Path, cases: range, seed: int, layout: str):
+    """Write the cases with these indices in parallel, and for the MSD layout its dataset.json."""
     out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(min(cases, usable_cpus()), get_context("spawn")) as pool:
-        futures = [pool.submit(write_case, out, layout, seed, index) for index in range(cases)]
+    with ProcessPoolExecutor(min(len(cases), usable_cpus()), get_context("spawn")) as pool:
+        futures = [pool.submit(write_case, out, layout, seed, index) for index in cases]
         names = [future.result() for future in tqdm(futures, unit="case")]
     if layout == "msd":
         description = {
             "name": "BRATS",
             "modality": {str(i): channel for i, channel in enumerate(MSD_CHANNELS.values())},
             "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
-            "numTraining": cases,
+            "numTraining": len(cases),
             "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
             "test": [],
         }
@@ -293,14 +293,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m models.phantom", description="Write synthetic BraTS cases.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--cases", type=int, default=24, help="how many (default: 24)")
+    parser.add_argument("--first", type=int, default=0,
+                        help="number of the first one: other numbers are other heads; 90000 and more are no patient's "
+                             "(default: 0)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--layout", choices=LAYOUTS, default="brats2021", help="names and labels (default: brats2021)")
     args = parser.parse_args()
-    if args.cases < 1 or args.seed < 0:
-        parser.error("--cases must be 1 or more and --seed 0 or more")
+    if args.cases < 1 or args.seed < 0 or args.first < 0:
+        parser.error("--cases must be 1 or more, --first and --seed 0 or more")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"{args.out} is a file: name a folder")
-    write_cases(args.out, args.cases, args.seed, args.layout)
+    write_cases(args.out, range(args.first, args.first + args.cases), args.seed, args.layout)
     print(f"Wrote {args.cases} synthetic cases ({args.layout}) to {args.out}")
     return 0
 

@@ -78,6 +78,7 @@ RECORD = {  # config.json of a run
     "split?": SPLIT,
     "arguments?": {"data?": str, "epochs?": int, "fold?": (int, str, NoneType)},
     "processes?": int,
+    "initial_weights?": {"patients?": [is_name]},
     "resumptions?": [{"changed": dict}],
 }
 RESUMED = {"arguments": {"data": str, "epochs": int, "amp": str}, "processes": int, "split": SPLIT,

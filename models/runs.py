@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from models import NETWORKS, build_model, cost, with_defaults
-from models.brats import MODALITIES
+from models.brats import MODALITIES, patient_of
 from models.dataset import manifest_checksum, preprocessing_of_cases
 from models.device import AMP_DTYPES, decided_once, device_name, rank, torchrun_id, world_size
 from models.errors import InputError, one_line
@@ -56,6 +56,7 @@ class Run:
     data: Path | None
     data_sha256: str | None  # see dataset.manifest_checksum
     split: dict[str, list[str]] | None
+    seen: set[str] | None  # patients that its weights, or those that it began with, were trained on
     fold: int | None  # of its data, that it was validated on
     settings: dict  # of the training, but for the fold: flags that change what a network learns
 
@@ -85,6 +86,7 @@ def open_run(path: str | Path) -> Run:
         data=ROOT / data if data else None,
         data_sha256=record.get("data_manifest_sha256"),
         split=record.get("split"),
+        seen=patients_seen(record),
         fold=fold if isinstance(fold, int) else None,
         settings={flag: value for flag, value in arguments.items() if flag not in {*FREE_FLAGS, "fold"} - {"epochs"}},
     )
@@ -94,6 +96,13 @@ def read_record(folder: Path) -> dict:
     """What config.json says; empty where there is none: a checkpoint can be used without its folder."""
     path = folder / "config.json"
     return read_json(path, RECORD) if path.exists() else {}
+
+
+def patients_seen(record: dict) -> set[str] | None:
+    """The patients that a run's weights, or those that it began with, were trained on; None where it does not say."""
+    if "split" not in record:
+        return None
+    return {*map(patient_of, record["split"]["train"]), *record.get("initial_weights", {}).get("patients", ())}
 
 
 def _preprocessing(record: dict) -> dict | None:
@@ -118,12 +127,17 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     return model.to(device).eval(), checkpoint
 
 
-def load_initial_weights(model, path: str | Path):
+def load_initial_weights(model, path: str | Path, split: dict[str, list[str]]):
     """Give a network the weights of a run (its folder, or a checkpoint file). InputError unless that is a network with
-    the same settings."""
+    the same settings; a warning where these weights were trained on patients that the new run is to be scored on."""
     path = _checkpoint_file(path)
     _refuse_other_network(path, model)
     load_weights(model, load_checkpoint(path), path)
+    seen = patients_seen(read_record(path.parent)) or ()
+    known = [case for part in ("validation", "test") for case in split[part] if patient_of(case) in seen]
+    if known and rank() == 0:
+        print(f"Warning: --init: {portable(path)} was trained on {len(known)} of the validation and test cases "
+              f"({known[0]}): their scores will be too good.", file=sys.stderr)  # fmt: skip
 
 
 def pretrained_checkpoint(network: str) -> Path:
@@ -380,9 +394,11 @@ def _resumption(folder: Path, earlier: dict, arguments: dict, circumstances: dic
 
 
 def _initial_weights(path: Path) -> dict:
-    """Which checkpoint a training began with, so that it can be told from a later one of the same name."""
+    """Which checkpoint a training began with, so that it can be told from a later one of the same name, and what it has
+    seen."""
     return {"checkpoint": portable(path), "epoch": load_checkpoint(path, mmap=True)["epoch"],
-            "crc32": f"{zlib.crc32(path.read_bytes()):08x}"}  # fmt: skip
+            "crc32": f"{zlib.crc32(path.read_bytes()):08x}",
+            "patients": sorted(patients_seen(read_record(path.parent)) or ())}  # fmt: skip
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

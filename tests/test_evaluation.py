@@ -17,7 +17,7 @@ from models.evaluation.cases import find_predictions, item_on_its_grid, raw_item
 from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, names_of_groups, plan_raw, refuse_trained_on
 from models.evaluation.scoring import Job, pack, score, scored, unpack
 from models.nifti import to_ras
-from models.runs import Run
+from models.runs import Run, patients_seen
 
 SPLIT = {"train": ["a", "BraTS-GLI-00001-000"], "validation": ["c"], "test": ["d"]}
 PREPROCESSING = {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
@@ -26,7 +26,8 @@ PREPROCESSING = {"size": 32, "spacing_mm": 1.0, "normalize": "percentile"}
 def run(name: str, fold: int | None = None, network="unet", data_sha256="1", split=SPLIT, **settings) -> Run:
     where = {"name": name, "folder": Path(name), "checkpoint": Path(name, "best.pt"), "data": Path("data")}
     trained = {"network": network, "config": {}, "epoch": 1, "amp": "off", "size": [32] * 3, "inference": {}}
-    data = {"preprocessing": PREPROCESSING, "data_sha256": data_sha256, "split": split, "fold": fold}
+    data = {"preprocessing": PREPROCESSING, "data_sha256": data_sha256, "split": split, "fold": fold,
+            "seen": patients_seen({"split": split})}  # fmt: skip
     return Run(**where, **trained, **data, settings=settings)
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
 from models import build_model, cli, files, plots, refuse_unfit_size, runs, training
+from models.brats import patient_of
 from models.dataset import Cases, input_size, read_split
 from models.device import device_name
 from models.errors import InputError
@@ -47,7 +48,7 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
     training.setup("cpu", args.seed)
     model = build_model(network, **config)
     if args.init and not args.resume:
-        runs.load_initial_weights(model, args.init)
+        runs.load_initial_weights(model, args.init, split)
     with pytest.MonkeyPatch.context() as patch:
         for module in (runs, files):
             patch.setattr(module, "ROOT", folder)
@@ -269,6 +270,17 @@ def test_a_training_begins_with_the_weights_of_a_run_and_names_them_in_its_recor
     checksum = zlib.crc32((first / "best.pt").read_bytes())
     assert record["crc32"] == f"{checksum:08x}" and record["checkpoint"].endswith(f"{RUN}/best.pt")
     assert record["epoch"] == torch.load(first / "best.pt", weights_only=True)["epoch"]
+
+
+def test_patients_of_the_initial_weights_count_as_seen_and_scoring_them_is_warned_of(tensors, begun, tmp_path, capsys):
+    first = begun / RUN
+    split = runs.read_record(first)["split"]
+    (trained_on, *others), (validated_on, *rest) = split["train"], split["validation"]
+    exchanged = split | {"train": [*others, validated_on], "validation": [trained_on, *rest]}
+    _, run = train(tensors, tmp_path, "--epochs", 1, "--init", first, split=exchanged)
+    warning = capsys.readouterr().err
+    assert f"trained on 1 of the validation and test cases ({trained_on})" in warning
+    assert runs.open_run(run).seen == {patient_of(case) for case in (*split["train"], validated_on)}
 
 
 @pytest.mark.parametrize("config", [{"channels": (4, 8, 8, 8, 8)}, SMALL | {"out_channels": 3}])

@@ -184,9 +184,8 @@ def choose_cases(runs: list[Run], data: Path | None, split: str) -> tuple[Path, 
 
 
 def trained_on(part: Part) -> set[str]:
-    """Those of a part's cases whose patient one of its runs was trained on."""
-    seen = {patient_of(case) for run in part.runs if run.split for case in run.split["train"]}
-    return {case for case in part.cases if patient_of(case) in seen}
+    """Those of a part's cases whose patient one of its runs, or the weights that it began with, was trained on."""
+    return {case for case in part.cases if any(patient_of(case) in (run.seen or ()) for run in part.runs)}
 
 
 def refuse_trained_on(entries: list[Entry]):
@@ -199,7 +198,7 @@ def refuse_trained_on(entries: list[Entry]):
                     "scores would say nothing. --allow-trained-on scores them nevertheless and marks them."
                 )
             for run in part.runs:
-                if run.split is None:
+                if run.seen is None:
                     print(f"Note: {run.folder} does not say which cases it was trained on.")
 
 

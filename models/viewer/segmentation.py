@@ -93,7 +93,7 @@ def segment_scene(segmenter: Segmenter, scene: Scene, report: Callable[[str], No
     else:
         parts = ", ".join(f"{STAGES[stage]} {ms:.0f}" for stage, ms in spent_ms.items())
     report("segmenting: Dice")
-    seen = run.split and patient_of(scene.name) in map(patient_of, run.split["train"])
+    seen = patient_of(scene.name) in (run.seen or ())
     by = f"{run.name}, which was trained on this patient," if seen else run.name
     timing = f"segmented by {by} in {sum(spent_ms.values()):.0f} ms ({parts})"
     return with_prediction(scene, label, timing)
