@@ -25,12 +25,19 @@ README = ROOT / "README.md"
 TESTS = "tests/benchmarks/results"
 ENGINES = "models/benchmark/results"
 REAL_RUN = "models/unet/results/real-64"
-FOLDS = "models/unet/results/real-96-fold0"  # holds the cross-validation of both networks
+FOLDS = "models/unet/results/phantoms-real-96-fold0"  # holds the cross-validation of both networks
 NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
-ROWS = {"unet": "real-96", "swinunetr": "swinunetr-real-96"}  # what the folds are called there
+ROWS = {network: f"{network}-phantoms-real-96" for network in NETWORKS}  # what the folds are called there
+BEGINNINGS = {
+    "unet": {"baseline-real-96": "60 epochs, learning rate 1e-3", "unet-real-96": "100 epochs",
+             "unet-phantoms-real-96": "60 epochs, from weights of phantoms"},
+    "swinunetr": {"swinunetr-real-96": "40 epochs",
+                  "swinunetr-phantoms-real-96": "40 epochs, from weights of phantoms"},
+}  # fmt: skip
 COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
+FUZZED = {"nifti": "NIfTI file", "case": "case", "tensor": "tensor file", "checkpoint": "checkpoint"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -254,25 +261,58 @@ def weights() -> list[str]:
 
 
 def factors() -> list[str]:
-    """What changes of the training are worth; the first line is the default."""
+    """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
     path, variants = f"{TESTS}/recipe.csv", {}
-    for row in read(path, data="real64cv", epochs="40"):
-        variants.setdefault(row["variant"], []).append(row)
-    scores = {variant: recipe.scores_of(rows) for variant, rows in variants.items()}
+    for row in read(path, epochs="40"):
+        variants.setdefault((row["variant"], row["data"]), []).append(row)
+    default = variants["baseline", "real64cv"]
     lines = []
-    for variant, rows in sorted(variants.items(), key=lambda item: item[0] != "baseline"):
+    for (_, data), rows in sorted(variants.items(), key=lambda item: item[1] is not default):
         seeds, flags = {row["seed"] for row in rows}, rows[0]["flags"].removeprefix(recipe.COMMON).strip()
         network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
-        cells = [f"{mean:.3f}" for mean in recipe.means(np.array(list(scores[variant].values())))]
-        compared = "-"
-        if variant != "baseline":
-            change, (low, high), better, count = recipe.difference(scores["baseline"], scores[variant])
-            compared = f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
-        lines.append([f"{network} `{flags}`" if flags else f"**{network}, default**", str(len(seeds)), *cells, compared,
-                      f"{float(rows[0]['gmac']):.1f}", seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
-    lines = [[*line, source(path, variants["baseline"]) if not index else ""] for index, line in enumerate(lines)]
-    return table("U-Net or Swin UNETR, seeds, labels, WT, TC, ET, difference of labels (95 % interval) and better in, "
-                 "GMAC, step, source", lines)  # fmt: skip
+        per_seed = np.array([label_means([row for row in rows if row["seed"] == seed]) for seed in seeds])
+        cells = [f"{mean:.3f}" for mean in per_seed.mean(0)]
+        cells[0] += f" ± {per_seed[:, 0].std(ddof=1):.3f}" if len(seeds) > 1 else ""
+        same_seeds = [row for row in default if row["seed"] in seeds]
+        compared = "-" if rows is default else change_of_labels(same_seeds, rows)
+        name = f"**{network}, default**" if rows is default else f"{network} `{flags}`" if flags else network
+        name += ", z-scores" if data == "real64z" else ""
+        lines.append([name, str(len(seeds)), *cells, compared, f"{float(rows[0]['gmac']):.1f}",
+                      seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
+    lines = [[*line, source(path, default) if not index else ""] for index, line in enumerate(lines)]
+    return table("U-Net or Swin UNETR, seeds, labels (± between seeds), WT, TC, ET, "
+                 "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def label_means(rows: list[dict]) -> np.ndarray:
+    """[4]: the mean Dice of the labels, of WT, TC and ET."""
+    return recipe.means(np.array(list(recipe.scores_of(rows).values())))
+
+
+def change_of_labels(rows: list[dict], others: list[dict]) -> str:
+    """How much better the labels of the others are, paired by case."""
+    change, (low, high), better, count = recipe.difference(recipe.scores_of(rows), recipe.scores_of(others))
+    return f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
+
+
+def beginnings() -> list[str]:
+    """What the cross-validation at 96^3 owes to the learning rate and to weights from phantoms, in native space."""
+    path = f"{TESTS}/cross_validation.csv"
+    runs = {}
+    for row in read(path):
+        scored = {"case": row["case"], "target": row["target"], "dice_last": row["dice"],
+                  "true_voxels": float(row["true_ml"]) > 0}  # fmt: skip
+        runs.setdefault(row["run"], []).append(scored)
+    lines = []
+    for network, trained in BEGINNINGS.items():
+        first = runs[next(iter(trained))]
+        for name, what in trained.items():
+            cells = [f"{mean:.3f}" for mean in label_means(runs[name])]
+            compared = "-" if runs[name] is first else change_of_labels(first, runs[name])
+            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared])
+    lines = [[*line, source(path, [commit_of(FOLDS)]) if not index else ""] for index, line in enumerate(lines)]
+    return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
+                 lines)  # fmt: skip
 
 
 def starts() -> list[str]:
@@ -280,16 +320,13 @@ def starts() -> list[str]:
     path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
     for row in read(path):
         groups.setdefault((row["start"], row["epochs"]), []).append(row)
-    scores = {key: recipe.scores_of(rows) for key, rows in groups.items()}
-    first = scores["random", "10"]
-    for start, epochs in sorted(scores, key=lambda key: (key[0] != "random", key)):
-        each = scores[start, epochs]
-        cells = [f"{mean:.3f}" for mean in recipe.means(np.array(list(each.values())))]
-        change, (low, high), better, count = recipe.difference(first, each)
-        compared = f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
+    first = groups["random", "10"]
+    for start, epochs in sorted(groups, key=lambda key: (key[0] != "random", key)):
+        each = groups[start, epochs]
+        cells = [f"{mean:.3f}" for mean in label_means(each)]
         names = {"random": "random", "phantoms": "24 phantoms", "patients": "6 other patients"}
-        link = source(path, groups[start, epochs]) if start == "random" else ""
-        lines.append([names[start], epochs, *cells, "-" if each is first else compared, link])
+        compared, link = ("-", source(path, first)) if each is first else (change_of_labels(first, each), "")
+        lines.append([names[start], epochs, *cells, compared, link])
     return table("weights from, epochs on 3 patients, labels, WT, TC, ET, difference of labels (95 % interval) and "
                  "better in, source", lines)  # fmt: skip
 
@@ -352,6 +389,10 @@ def robustness() -> list[str]:
     lines.append([f"broken and hostile inputs of {scripts} scripts", f"{len(bad)} kinds",
                   f"{len(refused)} refused in one line, {len(bad) - len(refused)} that can be read were read",
                   f"[csv]({TESTS}/bad_inputs.csv)"])  # fmt: skip
+    for row in read(f"{TESTS}/fuzz.csv"):
+        lines.append([f"the reader of a {FUZZED[row['reader']]} fuzzed, {float(row['minutes']):.0f} min",
+                      f"{int(row['executions']):,} inputs", "nothing found" if row["findings"] == "0" else "a finding",
+                      source(f"{TESTS}/fuzz.csv", [row])])  # fmt: skip
     return table("what, tried, outcome, source", lines)
 
 
@@ -363,8 +404,8 @@ def beside(make) -> list[str]:
     return [line.replace(f"]({TESTS}/", "](results/") for line in make()]
 
 
-MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(beside, make)
-                                               for make in (factors, starts, scaling, robustness)}}  # fmt: skip
+FURTHER = (factors, beginnings, starts, scaling, robustness)
+MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(beside, make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {"scores": partial(cross_validation, network)}
     for network in NETWORKS
