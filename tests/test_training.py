@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
-from models import build_model, cli, files, plots, refuse_unfit_size, runs, training
+from models import build_model, cli, files, plots, refuse_unfit_size, resuming, runs, training
 from models.dataset import Cases, input_size, read_split
 from models.device import device_name
 from models.errors import InputError
@@ -53,10 +53,10 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
             patch.setattr(module, "ROOT", folder)
         run = runs.choose_folder(network, args.run_name)
         with runs.locked(run):
-            earlier = runs.record_to_resume(run, model, vars(args), split)
+            earlier = resuming.record_to_resume(run, model, vars(args), split)
             settings = cli.settings_of(args, training.Settings)
             settings = training.resolve(settings, model, size, split, CPU, earlier)
-            runs.write_record(run, earlier, model, vars(args) | asdict(settings), split, size, CPU)
+            resuming.write_record(run, earlier, model, vars(args) | asdict(settings), split, size, CPU)
             training.fit(model, settings, split, run, CPU, args.resume)
     return model, run
 
