@@ -20,7 +20,7 @@ from pathlib import Path
 
 from models import cli
 from models.brats import LABEL_SCHEMES
-from models.files import ROOT, make_writable, write_csv
+from models.files import ROOT, make_writable
 
 RESULTS = ROOT / "models/benchmark/results"
 
@@ -55,19 +55,9 @@ def main() -> int:
     args = arguments()
     from tqdm import tqdm
 
+    from models.benchmark import table
     from models.benchmark.figures import draw
     from models.benchmark.jobs import choose_models, make_jobs, profile_networks
-    from models.benchmark.table import (
-        describe_run,
-        latest_of_each_setting,
-        make_row,
-        print_table,
-        read_table,
-        summarise,
-        table_path,
-        with_ratios,
-        write_table,
-    )
     from models.benchmark.worker import measure, measure_speed
     from models.cases import find_cases, scheme_of
     from models.device import choose_device
@@ -86,23 +76,21 @@ def main() -> int:
     dtypes = sorted({job.dtype for job in jobs if not job.not_run})
     print(f"Measuring matrix products in {', '.join(dtypes)}, and copies ...", file=sys.stderr)
     speed = measure_speed(device.type, dtypes)
-    circumstances = describe_run(device)
-    table = table_path(args.out, circumstances)
-    earlier, rows = read_table(table), []
+    circumstances = table.describe_run(device)
+    path = table.table_path(args.out, circumstances)
+    earlier, rows = table.read_table(path), []
     for job in (progress := tqdm(jobs, unit="row")):
         progress.set_description(f"{job.model.name}, {job.engine}, {job.dtype}, {job.size}³")
-        rows = with_ratios([*rows, make_row(job, measure(job), speed, circumstances)])
-        write_table(table, earlier + rows)  # after every row: an interrupted run keeps what it has
-    print_table(rows, speed)
-    stem = table.with_suffix("")
-    spent_ms = profile_networks(jobs, rows, table.with_name(f"{stem.name}-profile")) if args.profile else {}
-    written = [table, *draw(rows, latest_of_each_setting(earlier + rows), spent_ms, stem)]
-    if spent_ms:
-        written.append(table.with_name(f"{stem.name}-profile.csv"))
-        write_csv(written[-1], [{"network": network, "row": name} | parts
-                                for network, bars in spent_ms.items() for name, parts in bars.items()])  # fmt: skip
+        rows = table.with_ratios([*rows, table.make_row(job, measure(job), speed, circumstances)])
+        table.write_table(path, earlier + rows)  # after every row: an interrupted run keeps what it has
+    table.print_table(rows, speed)
+    stem = path.with_suffix("")
+    profile = stem.with_name(f"{stem.name}-profile.csv")
+    spent_ms = profile_networks(jobs, rows, profile) if args.profile else {}
+    written = [path, *draw(rows, table.latest_of_each_setting(earlier + rows), spent_ms, stem)]
+    written += [profile] if spent_ms else []
     print(f"Written to {args.out}: {', '.join(path.name for path in written)}")
-    print(json.dumps(summarise(rows, speed, table)))
+    print(json.dumps(table.summarise(rows, speed, path)))
     return 3 if any(row.status.startswith(("failed", "out of memory")) for row in rows) else 0
 
 

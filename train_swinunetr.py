@@ -45,7 +45,7 @@ def arguments():
 
 def main() -> int:
     args = arguments()
-    from models import build_model, final_test, refuse_unfit_size, runs, training
+    from models import build_model, final_test, refuse_unfit_size, resuming, runs, training
     from models.dataset import input_size, read_split, refuse_leaks
 
     split = read_split(args.data, args.fold)
@@ -60,12 +60,12 @@ def main() -> int:
     if args.init and not args.resume:
         runs.load_initial_weights(model, args.init, split)
     folder = runs.choose_folder(model.network, args.run_name)
-    args.resume |= runs.restarted(folder)
+    args.resume |= resuming.restarted(folder)
     with runs.locked(folder):
-        earlier = runs.record_to_resume(folder, model, vars(args), split)
+        earlier = resuming.record_to_resume(folder, model, vars(args), split)
         settings = cli.settings_of(args, training.Settings)
         settings = training.resolve(settings, model, size, split, device, earlier)
-        runs.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)
+        resuming.write_record(folder, earlier, model, vars(args) | asdict(settings), split, size, device)
         minutes = training.fit(model, settings, split, folder, device, args.resume)
         dice = final_test.test(model, settings, split, folder, device)
     final_test.report(folder, split, dice, minutes)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from models import cli
 from models.brats import LABEL_SCHEMES
+from models.errors import InputError
+from models.files import make_writable
 
 
 def arguments():
@@ -52,13 +54,11 @@ def main() -> int:
     args = arguments()
     from matplotlib import pyplot
 
-    from models.errors import InputError
-    from models.files import make_writable
     from models.viewer.scene import find_scenes, read_prediction
     from models.viewer.session import Session
     from models.viewer.window import Viewer, new_figure
-    if args.run or args.prediction:  # torch takes seconds to import
-        from models.viewer import segmentation
+    if args.run or args.prediction:
+        from models.viewer import segmentation  # imports torch: seconds that looking at a raw case does not need
 
     if args.save and (args.save.suffix.lower() != ".png" or not args.save.parent.is_dir()):
         raise InputError(f"--save {args.save}: name a .png file in a folder that exists.")

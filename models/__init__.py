@@ -13,14 +13,12 @@ def build_model(name: str, **config):
 
     `config` overrides the network's DEFAULTS. The result carries `network` (its name) and `config` (complete).
     """
-    from models.onednn import use_onednn  # torch: it must not be imported with the package, which every script is
-
     package = _subpackage(name)
     unknown = sorted(set(config) - set(package.DEFAULTS))
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}. It has: {', '.join(package.DEFAULTS)}.")
     config = with_defaults(name, config)
-    model = use_onednn(package.build(**config))
+    model = package.build(**config)
     model.network, model.config = name, config
     return model
 

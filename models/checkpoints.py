@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import runs
 from models.dataset import Cases, epoch_order
@@ -24,6 +24,22 @@ from models.files import write_csv
 from models.interruption import SIGNALS
 from models.patches import cut_patches
 from models.plots import training_plots
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a training changes: the network, and all that an update takes."""
+
+    model: nn.Module
+    average: nn.Module | None  # of the weights, or None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: str  # as --amp, without "auto"
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated, tested and kept."""
+        return self.model if self.average is None else self.average
 
 
 @dataclass
@@ -42,30 +58,27 @@ class Progress:
     saved: float  # time.perf_counter() when last.pt was written, or the epoch began
 
 
-def write_last(
-    folder: Path, history: list[dict], model, average, optimizer, scaler, amp: str, within: dict | None = None
-):
+def write_last(folder: Path, history: list[dict], learner: Learner, within: dict | None = None):
     """Write last.pt after the epochs of `history` and what has been done `within` the next. All processes have to call
     it together where there is something within."""
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    state = {"optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict(), "history": history}
     if within:
         state["progress"] = [within]  # of each process
         if world_size() > 1:
             state["progress"] = [None] * world_size()
             dist.all_gather_object(state["progress"], within)
-    if average is not None:
-        state["trained_model"] = model.state_dict()
+    if learner.average is not None:
+        state["trained_model"] = learner.model.state_dict()
     if rank() == 0:
         score = history[-1]["dice_mean"] if history else None
-        network = model if average is None else average
-        runs.save(folder / "last.pt", runs.checkpoint_of(network, amp, len(history), score) | state)
+        runs.save(folder / "last.pt", runs.checkpoint_of(learner.judged, learner.amp, len(history), score) | state)
 
 
-def write_epoch(folder: Path, history: list[dict], best: dict, model, average, optimizer, scaler, amp: str):
+def write_epoch(folder: Path, history: list[dict], best: dict, learner: Learner):
     """What a whole epoch leaves, but for best.pt: that comes first, so that an interruption between them repeats an
     epoch rather than losing the best."""
-    write_last(folder, history, model, average, optimizer, scaler, amp)
-    write_history(folder, history, best, model.network)
+    write_last(folder, history, learner)
+    write_history(folder, history, best, learner.model.network)
 
 
 def write_history(folder: Path, history: list[dict], best: dict, network: str):
@@ -73,17 +86,16 @@ def write_history(folder: Path, history: list[dict], best: dict, network: str):
     training_plots(history, best, folder / "training_plots.png", f"{network}, {folder.name}")
 
 
-def restore(path: Path, model, average, optimizer, scaler) -> tuple[list[dict], dict | None]:
-    """Load the state in last.pt, with that of the `average` of the weights, if there is one; returns the history and
-    what this process has done within the next epoch."""
+def restore(path: Path, learner: Learner) -> tuple[list[dict], dict | None]:
+    """Bring a learner to where last.pt stands; returns the history and what this process has done within the next
+    epoch. InputError where the file does not hold what this learner needs."""
     checkpoint = runs.load_checkpoint(path)
-    if average is not None:
-        runs.load_weights(average, checkpoint, path)
-        checkpoint["model"] = checkpoint["trained_model"]
-    runs.load_weights(model, checkpoint, path)
+    runs.load_weights(learner.judged, checkpoint, path)
+    if learner.average is not None:
+        runs.load_weights(learner.model, {"model": checkpoint.get("trained_model")}, path)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        learner.optimizer.load_state_dict(checkpoint["optimizer"])
+        learner.scaler.load_state_dict(checkpoint["scaler"])
         history, within = checkpoint["history"], checkpoint.get("progress")
     except Exception as error:  # what torch makes of a state that is not its own
         reason = f"{type(error).__name__}: {one_line(error, 80)}"
@@ -149,17 +161,15 @@ def go_on(progress: Progress, state: dict, model):
 
 
 def save_where_due(
-    signals: list[int], minutes: float, folder: Path, history: list[dict], state: tuple, progress: Progress
+    signals: list[int], minutes: float, folder: Path, history: list[dict], learner: Learner, progress: Progress
 ):
-    """Write last.pt if it is so many minutes old, or a signal has come, which then ends the training. `state` is what
-    `write_last` takes after the history."""
+    """Write last.pt if it is so many minutes old, or a signal has come, which then ends the training."""
     due = time.perf_counter() - progress.saved > 60 * minutes
     wanted = agreed(signals[0] if signals else int(due))
     if not wanted:
         return
-    model, _, _, scaler, _ = state
-    refuse_not_finite(progress, scaler)
-    write_last(folder, history, *state, within=state_of(progress, model))
+    refuse_not_finite(progress, learner.scaler)
+    write_last(folder, history, learner, state_of(progress, learner.model))
     progress.saved = time.perf_counter()
     if wanted in SIGNALS:
         stop(wanted, folder, f"epoch {progress.epoch + 1} up to step {progress.step} of {len(progress.cases)}")

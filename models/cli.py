@@ -161,66 +161,73 @@ def add_engine_argument(parser):
 
 def add_training_arguments(parser: argparse.ArgumentParser):
     """The flags that every training script has."""
-    data = parser.add_argument_group("data")
-    data.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
-                      help="folder made by preprocess_brats.py")
-    data.add_argument("--fold", type=fold_name, metavar="K|all",
-                      help="train and validate on this cross-validation fold of splits.json; all: on every case that "
-                           "is not for testing, for weights to hand on (that validates nothing: use last.pt)")
-    data.add_argument("--patch", type=positive_int,
-                      help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
-                           "two around tumour, instead of whole cases; cases of --size native need it")
-    data.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
-                      help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
-                           "epoch; auto: the first of these that has twice the space that they take")
-    data.add_argument("--workers", type=natural, default=min(4, usable_cpus()),
-                      help="processes that read the cases ahead with --cache disk")
-    data.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
-    data.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
-    data.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
-    data.add_argument("--noise-sd", type=positive_float, default=0.1,
-                      help="of that noise; an image goes from 0 to 1 or, where it was preprocessed with --normalize "
-                           "zscore, has the standard deviation 1")
-    data.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
-                      help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
-                           "and bias fields, for few cases and many epochs")
-    data.add_argument("--copy-paste", type=fraction, default=0.0,
-                      help="probability that a case gets the tumour of another training case pasted in")
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_optimisation_arguments(parser.add_argument_group("optimisation"))
+    _add_runtime_arguments(parser.add_argument_group("runtime and output"))
 
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--regions", action="store_true",
-                              help="learn the overlapping regions TC, WT and ET, with a sigmoid each, instead of the "
-                                   "labels, with a softmax")
-    optimisation.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
-    optimisation.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
-    optimisation.add_argument("--accumulate", type=positive_int, default=1,
-                              help="steps whose gradients make one update: a larger batch in the same memory")
-    optimisation.add_argument("--learning-rate", type=positive_float, default=3e-3, help="peak, after the warm-up")
-    optimisation.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
-    optimisation.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
-    optimisation.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")
-    optimisation.add_argument("--ema", type=fraction, default=0.0,
-                              help="validate, test and keep an exponential moving average of the weights, with this "
-                                   "decay per update, such as 0.99; 0: the weights themselves")
-    optimisation.add_argument("--seed", type=natural, default=0, help="of the weights, the order and the augmentation")
 
-    runtime = parser.add_argument_group("runtime and output")
-    add_device_arguments(runtime)
-    runtime.add_argument("--deterministic", action="store_true",
-                         help="two runs on one machine are equal to the last bit, on a GPU too, where it costs speed")
-    runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
-    runtime.add_argument("--run-name", type=folder_name,
-                         help="folder below models/<network>/results/ (default: the date and time)")
-    runtime.add_argument("--init", metavar="RUN",
-                         help="start from the weights of this run of the same network (its folder, or a checkpoint; or "
-                              "unet, swinunetr: those that come with the project), not from random ones")
-    runtime.add_argument("--resume", action="store_true",
-                         help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
-                              "the number of processes and what changes the speed alone may differ from what it began "
-                              "with; with that number --batch-size and --accumulate, if their product with it stays")
-    runtime.add_argument("--save-minutes", type=positive_float, default=10.0,
-                         help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
-                              "SIGTERM and SIGUSR1 save at once")
+def _add_data_arguments(group):
+    group.add_argument("data", nargs="?", type=Path, default=Path("data/preprocessed_tensors"), metavar="DATA",
+                       help="folder made by preprocess_brats.py")
+    group.add_argument("--fold", type=fold_name, metavar="K|all",
+                       help="train and validate on this cross-validation fold of splits.json; all: on every case that "
+                            "is not for testing, for weights to hand on (that validates nothing: use last.pt)")
+    group.add_argument("--patch", type=positive_int,
+                       help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
+                            "two around tumour, instead of whole cases; cases of --size native need it")
+    group.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
+                       help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
+                            "epoch; auto: the first of these that has twice the space that they take")
+    group.add_argument("--workers", type=natural, default=min(4, usable_cpus()),
+                       help="processes that read the cases ahead with --cache disk")
+    group.add_argument("--flip-probability", type=fraction, default=0.5, help="of a mirror image, for each axis")
+    group.add_argument("--rotate-probability", type=fraction, default=0.5, help="of a turn by 90, 180 or 270 degrees")
+    group.add_argument("--noise-probability", type=fraction, default=0.2, help="of Gaussian noise on the images")
+    group.add_argument("--noise-sd", type=positive_float, default=0.1,
+                       help="of that noise; an image goes from 0 to 1 or, where it was preprocessed with --normalize "
+                            "zscore, has the standard deviation 1")
+    group.add_argument("--augmentation", choices=("basic", "strong"), default="basic",
+                       help="basic: those above; strong: also random scales, rotations, deformations, contrasts, blur "
+                            "and bias fields, for few cases and many epochs")
+    group.add_argument("--copy-paste", type=fraction, default=0.0,
+                       help="probability that a case gets the tumour of another training case pasted in")
+
+
+def _add_optimisation_arguments(group):
+    group.add_argument("--regions", action="store_true",
+                       help="learn the overlapping regions TC, WT and ET, with a sigmoid each, instead of the "
+                            "labels, with a softmax")
+    group.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
+    group.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
+    group.add_argument("--accumulate", type=positive_int, default=1,
+                       help="steps whose gradients make one update: a larger batch in the same memory")
+    group.add_argument("--learning-rate", type=positive_float, default=3e-3, help="peak, after the warm-up")
+    group.add_argument("--warmup", type=fraction, default=0.05, help="share of the updates before the peak")
+    group.add_argument("--weight-decay", type=non_negative_float, default=1e-5, help="of AdamW")
+    group.add_argument("--clip", type=positive_float, default=1.0, help="largest gradient norm")
+    group.add_argument("--ema", type=fraction, default=0.0,
+                       help="validate, test and keep an exponential moving average of the weights, with this "
+                            "decay per update, such as 0.99; 0: the weights themselves")
+    group.add_argument("--seed", type=natural, default=0, help="of the weights, the order and the augmentation")
+
+
+def _add_runtime_arguments(group):
+    add_device_arguments(group)
+    group.add_argument("--deterministic", action="store_true",
+                       help="two runs on one machine are equal to the last bit, on a GPU too, where it costs speed")
+    group.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+    group.add_argument("--run-name", type=folder_name,
+                       help="folder below models/<network>/results/ (default: the date and time)")
+    group.add_argument("--init", metavar="RUN",
+                       help="start from the weights of this run of the same network (its folder, or a checkpoint; or "
+                            "unet, swinunetr: those that come with the project), not from random ones")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
+                            "the number of processes and what changes the speed alone may differ from what it began "
+                            "with; with that number --batch-size and --accumulate, if their product with it stays")
+    group.add_argument("--save-minutes", type=positive_float, default=10.0,
+                       help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
+                            "SIGTERM and SIGUSR1 save at once")
 
 
 def settings_of(args: argparse.Namespace, kind: type):

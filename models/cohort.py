@@ -97,8 +97,8 @@ def end_with_parent():
 
 def process_case(case: Case, out: Path, settings: dict) -> dict:
     """Read, transform and save one case; returns its entry in the manifest."""
-    from models.preprocessing import to_network  # needs torch
-    from models.tensors import save_case  # needs torch
+    from models.preprocessing import to_network  # imports torch
+    from models.tensors import save_case  # imports torch
 
     scheme = scheme_of(case)
     with warnings.catch_warnings(record=True) as caught:

@@ -52,49 +52,59 @@ def to_network(
     (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast, and warns of
     labelled voxels outside the crop.
     """
-    geometry = {
-        "native_shape": list(image.shape[1:]),
-        "affine": np.asarray(affine, float).tolist(),
-        "axis_codes": "".join(aff2axcodes(affine)),
-        "spacing_mm": spacing_of(affine),
-        "target_spacing_mm": float(spacing_mm),
-    }
-    steps = _resampling_steps(geometry)
     native_box = foreground_box(image) if crop else [(0, n) for n in image.shape[1:]]
     if label is not None:
-        _tell_labels_outside(label, native_box)
-    image = to_ras(image[(slice(None), *(slice(low, high) for low, high in native_box))], affine)  # a view
-    native_box = _ras_box(native_box, geometry)
-    native_shape = [geometry["native_shape"][axis] for axis in native_axes(affine)]
-    shape = [max(1, round(n / step)) for n, step in zip(native_shape, steps, strict=True)]
-    geometry["resampled_shape"] = shape
-    box = [_resampled_side(side, step, n) for side, step, n in zip(native_box, steps, shape, strict=True)]
-    geometry["crop_box"] = [list(side) for side in box]
-    lengths = [high - low for low, high in box]
-    geometry["network_size"] = lengths if size is None else [size] * 3
-
+        _warn_of_labels_outside(label, native_box)
+    geometry = _make_geometry(image.shape[1:], affine, native_box, size, float(spacing_mm))
+    steps, box = _resampling_steps(geometry), geometry["crop_box"]
     onto_resampled = [_positions(high, step)[low:] for (low, high), step in zip(box, steps, strict=True)]
-    onto_network = [_positions(n, m / n) for n, m in zip(geometry["network_size"], lengths, strict=True)]
-    in_native_box = [position - low for position, (low, _) in zip(onto_resampled, native_box, strict=True)]
+    onto_network = [
+        _positions(n, (high - low) / n) for n, (low, high) in zip(geometry["network_size"], box, strict=True)
+    ]
+    ras_box = _ras_box(native_box, geometry)
+    in_native_box = [position - low for position, (low, _) in zip(onto_resampled, ras_box, strict=True)]
+    cropped = to_ras(image[(slice(None), *(slice(low, high) for low, high in native_box))], affine)  # a view
     resized, normalization = _image_to_network(
-        image, in_native_box if set(steps) != {1.0} else None, onto_network, clip=normalize == "percentile"
+        cropped, in_native_box if set(steps) != {1.0} else None, onto_network, clip=normalize == "percentile"
     )
     result = {"image": resized}
     if label is not None:
-        places = [
-            _nearest(first, n)[_nearest(second, len(first))]
-            for first, second, n in zip(onto_resampled, onto_network, native_shape, strict=True)
-        ]
-        label = to_ras(label[None], affine)[(slice(None), *np.ix_(*places))]  # [1, D, H, W]
-        result["label"] = torch.from_numpy(label.astype(np.int64, order="C"))
+        result["label"] = _label_to_network(to_ras(label[None], affine), onto_resampled, onto_network)
     return result | {"geometry": geometry, "normalization": normalization}
 
 
-def _tell_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
+def _warn_of_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
     inside = np.count_nonzero(label[tuple(slice(low, high) for low, high in box)])
     if outside := np.count_nonzero(label) - inside:
         which = f"segmentation, {outside} of {outside + inside} labelled voxels"
         warnings.warn(InputWarning(which, "labelled voxels outside the head are lost in the crop"), stacklevel=3)
+
+
+def _make_geometry(native_shape, affine, native_box, size: int | None, spacing_mm: float) -> dict:
+    """The three grids as plain numbers and lists; the resampled one and that of the network have RAS axes. `native_box`
+    is the crop, [low, high) along the native axes."""
+    geometry = {
+        "native_shape": list(native_shape),
+        "affine": np.asarray(affine, float).tolist(),
+        "axis_codes": "".join(aff2axcodes(affine)),
+        "spacing_mm": spacing_of(affine),
+        "target_spacing_mm": spacing_mm,
+    }
+    steps, ras_shape = _resampling_steps(geometry), [native_shape[axis] for axis in native_axes(affine)]
+    shape = [max(1, round(n / step)) for n, step in zip(ras_shape, steps, strict=True)]
+    sides = zip(_ras_box(native_box, geometry), steps, shape, strict=True)
+    box = [list(_resampled_side(side, step, n)) for side, step, n in sides]
+    network_size = [high - low for low, high in box] if size is None else [size] * 3
+    return geometry | {"resampled_shape": shape, "crop_box": box, "network_size": network_size}
+
+
+def _label_to_network(label: np.ndarray, onto_resampled, onto_network) -> torch.Tensor:
+    """A label map [1, X, Y, Z] with RAS axes, nearest voxels, as int64 [1, D, H, W]."""
+    places = [
+        _nearest(first, n)[_nearest(second, len(first))]
+        for first, second, n in zip(onto_resampled, onto_network, label.shape[1:], strict=True)
+    ]
+    return torch.from_numpy(label[(slice(None), *np.ix_(*places))].astype(np.int64, order="C"))
 
 
 def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: bool) -> tuple[torch.Tensor, dict]:

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -22,21 +21,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import checkpoints, runs
+from models.amp import choose_amp
 from models.augment import augment
 from models.brats import LABELS
-from models.checkpoints import Progress, begin_epoch, refuse_not_finite, write_epoch
+from models.checkpoints import Learner, Progress, begin_epoch, refuse_not_finite, write_epoch
 from models.copy_paste import paste_tumours
 from models.dataset import Cases, batches, choose_input
 from models.device import (
     AMP_DTYPES,
     choose_device,
-    decided_once,
     join_processes,
-    native_dtypes,
     peak_memory_gib,
     rank,
     resolve_amp,
-    synchronise,
     why_not_compile,
     world_size,
 )
@@ -46,7 +43,6 @@ from models.losses import labels_from_logits, logits_from_frequencies, make_loss
 from models.metrics import confusion, pooled_dice
 
 CHECK_EVERY = 100  # updates: looking for a loss that is not a number waits for the device
-AMP_TRIAL_SIDE = 64  # voxels; large enough to tell which number type is faster, small enough not to be waited for
 
 
 @dataclass(frozen=True)
@@ -125,39 +121,6 @@ def can_compile(device: torch.device) -> bool:
     return not reason
 
 
-def choose_amp(amp: str, model, batch_size: int, size: list[int], device: torch.device) -> str:
-    """--amp without "auto". On a CPU that multiplies bf16, where small layers can lose more by conversions than they
-    gain, a few training steps in each type decide."""
-    if amp != "auto" or device.type == "cuda" or torch.bfloat16 not in native_dtypes(device):
-        return resolve_amp(amp, device)
-
-    def decide():
-        seconds = step_seconds(model, batch_size, [min(side, AMP_TRIAL_SIDE) for side in size], device)
-        faster = min(seconds, key=seconds.get)
-        bf16_ms, float32_ms = 1e3 * seconds["bf16"], 1e3 * seconds["off"]
-        print(f"--amp auto: a step takes {bf16_ms:.0f} ms in bf16 and {float32_ms:.0f} ms in float32: {faster}.")
-        return faster
-
-    return decided_once(decide)
-
-
-def step_seconds(model, batch_size: int, size: list[int], device: torch.device, choices=("off", "bf16")) -> dict:
-    """Median seconds of a forward and backward pass for each of these --amp, taken in turns after one of each that does
-    not count."""
-    model, criterion, seconds = deepcopy(model).to(device), make_loss(), {choice: [] for choice in choices}
-    image = torch.rand(batch_size, 4, *size, device=device)
-    label = torch.randint(len(LABELS) + 1, (batch_size, 1, *size), device=device)
-    for _ in range(4):
-        for choice, times in seconds.items():
-            start = time.perf_counter()
-            with torch.autocast(device.type, AMP_DTYPES[choice], enabled=choice != "off"):
-                logits = model(image)
-            criterion(logits.float(), label).backward()
-            synchronise(device)
-            times.append(time.perf_counter() - start)
-    return {choice: median(times[1:]) for choice, times in seconds.items()}
-
-
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +147,28 @@ def start_at_class_frequencies(model, cases: Cases):
         output.bias.copy_(logits_from_frequencies(frequencies, output.out_channels))
 
 
+def read_cases(settings: Settings, split: dict[str, list[str]], device: torch.device) -> tuple[Cases, Cases]:
+    """The cases to train and to validate on, where `settings.cache` keeps them. InputError where no validation case has
+    a tumour."""
+    # A patch is copied out of its case, so it is the batch, not the case, that has to be pinned.
+    train, validation = (
+        Cases(settings.data, split[part], settings.cache, device, pin=settings.patch is None)
+        for part in ("train", "validation")
+    )
+    if not any(validation.label(index).any() for index in range(len(validation))):
+        raise InputError(f"{settings.data}: the validation cases have no tumour, so nothing says which epoch is the "
+                         "best. Choose another --fold, or preprocess with another --seed.")  # fmt: skip
+    return train, validation
+
+
+def make_learner(model, settings: Settings, device: torch.device) -> Learner:
+    """A network on its device with a new optimiser and, as the settings want them, a scaler and an average."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+    return Learner(model, deepcopy(model) if settings.ema else None, optimizer, scaler, settings.amp)
+
+
 def fit(
     model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool = False
 ) -> float:
@@ -193,52 +178,36 @@ def fit(
     With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
     `resume` goes on where last.pt stands. A signal has it written after the step and ends the training (Interrupted).
     """
-    # A patch is copied out of its case, so it is the batch, not the case, that has to be pinned.
-    train_cases, validation_cases = (
-        Cases(settings.data, split[part], settings.cache, device, pin=settings.patch is None)
-        for part in ("train", "validation")
-    )
-    if not any(validation_cases.label(index).any() for index in range(len(validation_cases))):
-        raise InputError(f"{settings.data}: the validation cases have no tumour, so nothing says which epoch is the "
-                         "best. Choose another --fold, or preprocess with another --seed.")  # fmt: skip
+    train_cases, validation_cases = read_cases(settings, split, device)
     if not resume and not settings.init:
         start_at_class_frequencies(model, train_cases)
-    model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    average = deepcopy(model) if settings.ema else None
-    judged = average if settings.ema else model
+    learner = make_learner(model.to(device), settings, device)
     history, within, best = [], None, None
     if resume:
-        history, within = checkpoints.restore(folder / "last.pt", model, average, optimizer, scaler)
-        best = best_so_far(folder / "best.pt", judged, validation_cases, settings, device)
+        history, within = checkpoints.restore(folder / "last.pt", learner)
+        best = best_so_far(folder / "best.pt", learner.judged, validation_cases, settings, device)
         if history and best and rank() == 0:  # the last epoch may have been interrupted before it wrote them
             checkpoints.write_history(folder, history, best, model.network)
-    state = (model, average, optimizer, scaler, settings.amp)
     if settings.compile:
         model.compile()
     trained = DistributedDataParallel(model) if world_size() > 1 else model
     with noted_signals() as signals:
-        save = partial(checkpoints.save_where_due, signals, settings.save_minutes, folder, history, state)
+        save = partial(checkpoints.save_where_due, signals, settings.save_minutes, folder, history, learner)
         for epoch in range(len(history), settings.epochs):
             start = time.perf_counter() - (within["seconds"] if within else 0)
-            row, progress = train_epoch(
-                trained, train_cases, epoch, settings, optimizer, scaler, device, average, within, save
-            )
+            row, progress = train_epoch(trained, train_cases, epoch, settings, learner, device, within, save)
             within = None
             may_stop = partial(save, progress) if world_size() == 1 else lambda: None  # all of them, or none
-            losses, counts = validate(judged, validation_cases, settings, device, may_stop)
+            losses, counts = validate(learner.judged, validation_cases, settings, device, may_stop)
             row |= validation_figures(losses, counts, split["validation"])
             row["seconds"] = time.perf_counter() - start
             history.append(row)
             if best is None or row["dice_mean"] > best["dice_mean"]:  # of equal epochs the first is the best
                 best = {key: row[key] for key in ("epoch", "dice_mean")}
                 if rank() == 0:
-                    runs.save(folder / "best.pt", runs.checkpoint_of(judged, settings.amp, **best))
+                    runs.save(folder / "best.pt", runs.checkpoint_of(learner.judged, settings.amp, **best))
             if rank() == 0:
-                write_epoch(folder, history, best, *state)
+                write_epoch(folder, history, best, learner)
             if number := checkpoints.agreed(signals[0] if signals else 0):
                 checkpoints.stop(number, folder, f"{len(history)} epochs")
     if world_size() > 1:
@@ -273,12 +242,21 @@ def validation_figures(losses: torch.Tensor, counts: torch.Tensor, names: list[s
 
 
 def train_epoch(
-    model, cases: Cases, epoch: int, settings: Settings, optimizer, scaler, device, average=None,
+    model, cases: Cases, epoch: int, settings: Settings, learner: Learner, device,
     within: dict | None = None, after_step: Callable = lambda progress: None,
 ) -> tuple[dict, Progress]:  # fmt: skip
-    """One pass over the training cases, or what is left of one `within` it; `average`, if there is one, follows the
-    weights. Returns the columns of train.csv and how far it came. Nothing in it waits for the device before the last
-    step is queued, but for what `after_step` and now and then a check do."""
+    """One pass over the training cases, or the rest of one that was interrupted.
+
+    Nothing in it waits for the device before the last step is queued, except `after_step` and a check now and then.
+
+    Args:
+        model: the network of the learner, or DistributedDataParallel around it.
+        epoch: counted from 0.
+        within: what was done of the epoch before the interruption, as last.pt has it.
+        after_step: called with the progress after each step.
+
+    Returns the columns of train.csv that the steps give, and the progress at the end.
+    """
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
     order, progress = begin_epoch(model, cases, epoch, settings, device, within)
@@ -303,18 +281,18 @@ def train_epoch(
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = model(image)  # [B, 4 or 3, D, H, W]
             loss = criterion(logits.float(), label)
-            scaler.scale(loss / window).backward()
+            learner.scaler.scale(loss / window).backward()
             progress.losses[progress.step] = loss.detach()
             if is_update:
-                take_update(model, optimizer, scaler, settings, progress, update, average)
+                take_update(learner, settings, progress, update)
             progress.step += 1
             bar.update()
             if is_update and (update + 1) % CHECK_EVERY == 0:
-                refuse_not_finite(progress, scaler)
+                refuse_not_finite(progress, learner.scaler)
             if is_update or world_size() == 1:  # between updates, processes have gradients of their own
                 after_step(progress)
-        refuse_not_finite(progress, scaler)
-        row = training_figures(progress, optimizer, device)
+        refuse_not_finite(progress, learner.scaler)
+        row = training_figures(progress, learner.optimizer, device)
         bar.set_postfix_str(
             f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
             f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB"
@@ -322,20 +300,21 @@ def train_epoch(
     return row, progress
 
 
-def take_update(model, optimizer, scaler, settings: Settings, progress: Progress, update: int, average):
-    """Change the weights by their gradients, at the learning rate of this update of the epoch."""
+def take_update(learner: Learner, settings: Settings, progress: Progress, update: int):
+    """Change the weights by their gradients, at the learning rate of this update of the epoch (counted from 0)."""
+    optimizer, scaler = learner.optimizer, learner.scaler
     updates = len(progress.norms)
     step, total_steps = progress.epoch * updates + update, settings.epochs * updates
     rate = learning_rate(step, total_steps, round(settings.warmup * total_steps), settings.learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.unscale_(optimizer)
-    progress.norms[update] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    progress.norms[update] = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), settings.clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if average is not None:
-        follow(average, model, settings.ema, step)
+    if learner.average is not None:
+        follow(learner.average, learner.model, settings.ema, step)
 
 
 def training_figures(progress: Progress, optimizer, device) -> dict[str, float]:

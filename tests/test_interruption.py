@@ -16,7 +16,7 @@ from conftest import copy_of_the_code, read
 from kill_and_resume import kill_often, subjects, unequal, without_machine
 from test_training import CPU, RUN, SMALL, arguments
 
-from models import build_model, checkpoints, cli, files, runs, training
+from models import amp, build_model, checkpoints, cli, files, runs, training
 from models.dataset import read_split
 from models.errors import InputError, Interrupted
 from models.files import remove_temporaries, whole_file, write_atomically
@@ -182,8 +182,9 @@ def epoch_with_loss(data, monkeypatch, loss_of, *flags, scaler=None):
     model = build_model("unet", **SMALL)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    learner = checkpoints.Learner(model, None, optimizer, scaler, "off")
     _, progress = checkpoints.begin_epoch(model, cases, 0, settings, CPU, None)
-    return progress.cases, lambda: training.train_epoch(model, cases, 0, settings, optimizer, scaler, CPU)
+    return progress.cases, lambda: training.train_epoch(model, cases, 0, settings, learner, CPU)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -289,8 +290,8 @@ def test_a_killed_script_goes_on_as_if_it_had_not_been(tmp_path, which):
 
 
 def test_two_deterministic_runs_are_equal_and_measure_nothing(tensors, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "step_seconds", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(training, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    monkeypatch.setattr(amp, "step_seconds", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(amp, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
     setup = training.setup
     monkeypatch.setattr(training, "setup", lambda device, seed: setup(device, seed, deterministic=True))
     try:

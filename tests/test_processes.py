@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import copy_of_the_code, read, run_script
 
-from models import device, runs
+from models import device, resuming, runs
 from models.device import decided_once, join_processes
 from models.errors import InputError
 
@@ -169,18 +169,18 @@ def test_only_the_run_that_this_call_of_torchrun_began_goes_on_by_itself(tmp_pat
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     record(None)
-    assert not runs.restarted(tmp_path)  # without torchrun
+    assert not resuming.restarted(tmp_path)  # without torchrun
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     ours = device.torchrun_id()
     record(ours)
-    assert runs.restarted(tmp_path)
+    assert resuming.restarted(tmp_path)
     record("other", ours)
-    assert runs.restarted(tmp_path)
+    assert resuming.restarted(tmp_path)
     record(ours, "other")
-    assert not runs.restarted(tmp_path)
+    assert not resuming.restarted(tmp_path)
     record(ours)
     (tmp_path / "last.pt").unlink()
-    assert not runs.restarted(tmp_path)  # it begins anew: no epoch is over
+    assert not resuming.restarted(tmp_path)  # it begins anew: no epoch is over
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
     assert device.torchrun_id() != ours
 

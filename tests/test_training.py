@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, copy_of_the_code, run_script
 
-from models import build_model, cli, files, plots, refuse_unfit_size, runs, training
+from models import amp, build_model, cli, files, plots, refuse_unfit_size, resuming, runs, training
 from models.brats import patient_of
+from models.checkpoints import Learner
 from models.dataset import Cases, input_size, read_split
 from models.device import device_name
 from models.errors import InputError
@@ -54,10 +55,10 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
             patch.setattr(module, "ROOT", folder)
         run = runs.choose_folder(network, args.run_name)
         with runs.locked(run):
-            earlier = runs.record_to_resume(run, model, vars(args), split)
+            earlier = resuming.record_to_resume(run, model, vars(args), split)
             settings = cli.settings_of(args, training.Settings)
             settings = training.resolve(settings, model, size, split, CPU, earlier)
-            runs.write_record(run, earlier, model, vars(args) | asdict(settings), split, size, CPU)
+            resuming.write_record(run, earlier, model, vars(args) | asdict(settings), split, size, CPU)
             training.fit(model, settings, split, run, CPU, args.resume)
     return model, run
 
@@ -97,7 +98,8 @@ def one_epoch(data, cases, batch_size, accumulate):
     torch.manual_seed(0)
     model = build_model("unet", **SMALL)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    training.train_epoch(model, cases, 0, settings, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    learner = Learner(model, None, optimizer, torch.amp.GradScaler("cpu", enabled=False), "off")
+    training.train_epoch(model, cases, 0, settings, learner, CPU)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -482,10 +484,10 @@ def test_more_epochs_are_allowed_said_and_appended_to_the_record(tensors, tmp_pa
 
 def test_a_resumed_run_keeps_the_number_type_that_auto_chose(tensors, tmp_path, monkeypatch):
     """Though the other one is faster by now."""
-    monkeypatch.setattr(training, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
-    monkeypatch.setattr(training, "step_seconds", lambda *_: {"off": 1.0, "bf16": 2.0})
+    monkeypatch.setattr(amp, "native_dtypes", lambda device: {torch.float32, torch.bfloat16})
+    monkeypatch.setattr(amp, "step_seconds", lambda *_: {"off": 1.0, "bf16": 2.0})
     train(tensors, tmp_path, "--epochs", 1, "--amp", "auto")
-    monkeypatch.setattr(training, "step_seconds", lambda *_: {"off": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(amp, "step_seconds", lambda *_: {"off": 2.0, "bf16": 1.0})
     train(tensors, tmp_path, "--epochs", 2, "--amp", "auto", "--resume")
     assert open_run(tmp_path / RUN).amp == "off"
 

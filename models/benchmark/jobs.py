@@ -17,6 +17,7 @@ from models.brats import LABELS
 from models.cost import forward_macs, parameter_count
 from models.device import DTYPES, native_dtypes
 from models.errors import InputError, one_line
+from models.files import write_csv
 from models.inference.availability import ENGINES, why_not
 from models.inference.exports import read_header
 from models.inference.predict import refuse_unknown_preprocessing
@@ -161,10 +162,10 @@ def cost_of(network: torch.nn.Module, size: int) -> dict[str, int]:
 # ---- profiles ------------------------------------------------------------------------------------------------------
 
 
-def profile_networks(jobs: list[Job], rows: list[Row], stem: Path) -> dict[str, dict[str, dict[str, float]]]:
+def profile_networks(jobs: list[Job], rows: list[Row], path: Path) -> dict[str, dict[str, dict[str, float]]]:
     """network -> row -> category -> ms of one pass, of MONAI's class, eager in float32, and of the fastest engine of
-    ours. Writes <stem>-<network>-before and -after (see `profiling.profile`)."""
-    spent_ms = {}
+    ours. Writes them to `path`, a CSV, and beside it <stem>-<network>-before and -after (see `profiling.profile`)."""
+    stem, spent_ms = path.with_suffix(""), {}
     measured = [(row, job) for row, job in zip(rows, jobs, strict=True) if row.status == "ok"]
     for network in dict.fromkeys(row.network for row, _ in measured):
         alike = [pair for pair in measured if pair[0].network == network and pair[0].size == jobs[0].size]
@@ -175,4 +176,7 @@ def profile_networks(jobs: list[Job], rows: list[Row], stem: Path) -> dict[str, 
                 row, job = min(candidates, key=lambda pair: pair[0].p50_ms)
                 if spent := measure_profile(replace(job, profile=f"{stem}-{network}-{when}")):
                     spent_ms.setdefault(network, {})[row_name(row)] = spent
+    if spent_ms:
+        write_csv(path, [{"network": network, "row": name} | parts
+                         for network, bars in spent_ms.items() for name, parts in bars.items()])  # fmt: skip
     return spent_ms

@@ -3,6 +3,7 @@
 62.2 million parameters at the default feature size of 48, with the names and shapes of MONAI's SwinUNETR.
 """
 
+from models.onednn import use_onednn
 from models.swinunetr.network import SwinUNETR
 
 DEFAULTS = {
@@ -31,4 +32,4 @@ def smallest_side(config: dict) -> tuple[int, str]:
 
 def build(**config):
     """The network with fresh weights; `config` is a complete set of the settings above."""
-    return SwinUNETR(**config)
+    return use_onednn(SwinUNETR(**config))

@@ -17,6 +17,7 @@ import math
 from monai.networks.nets import UNet as MonaiUNet
 
 from models.errors import InputError
+from models.onednn import use_onednn
 from models.unet.network import UNet
 
 DEFAULTS = {
@@ -52,6 +53,6 @@ def build(**config):
         raise InputError(f"channels {tuple(config['channels'])}: this U-Net has {len(config['strides']) + 1} levels.")
     used = {setting: value for setting, value in config.items() if setting not in unused}
     if not is_monais:
-        return UNet(**used)
+        return use_onednn(UNet(**used))
     del used["variant"]
-    return MonaiUNet(spatial_dims=3, **used)
+    return use_onednn(MonaiUNet(spatial_dims=3, **used))

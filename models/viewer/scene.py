@@ -82,8 +82,8 @@ def load_raw(case: Case) -> Scene:
 
 def load_tensor(path: Path) -> Scene:
     """The scene of a preprocessed case; it is called as its file is."""
-    from models.preprocessing import network_spacing_mm  # and so does this
-    from models.tensors import load_case  # needs torch, for which nobody who looks at a raw case has to wait
+    from models.preprocessing import network_spacing_mm  # imports torch: seconds that a raw case does not need
+    from models.tensors import load_case  # imports torch
 
     case = load_case(path)
     maps = {"truth": case["label"][0].numpy()} if "label" in case else {}

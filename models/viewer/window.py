@@ -15,14 +15,7 @@ from matplotlib.transforms import Bbox, TransformedBbox
 from models.brats import LABEL_NAMES, LABELS, MODALITIES
 from models.errors import InputError, OutputError
 from models.files import write_atomically
-from models.plots import (
-    CONVENTION,
-    LABEL_COLORS,
-    PLANES,
-    label_overlay,
-    largest_tumour_slice,
-    slice_view,
-)
+from models.plots import CONVENTION, LABEL_COLORS, PLANES, label_overlay, largest_tumour_slice, slice_view
 from models.viewer.drawing import Line, SlicePicture, add_outline, box_in_picture, crop
 from models.viewer.scene import Scene
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from models import build_model
+from models.amp import step_seconds
 from models.device import choose_device, device_name, native_dtypes, resolve_amp
-from models.training import step_seconds
 
 # The whole demo, imports, phantoms and evaluation included, takes as long as this many steps of the U-Net: measured
 # once on 2 cores.

@@ -26,11 +26,11 @@ import torch
 from csv_rows import append_rows
 
 from models import build_model
+from models.amp import step_seconds
 from models.benchmark.profiling import copy_bandwidth_gb_s, matrix_peak_tflops
 from models.cost import training_peak_gib, training_work
 from models.device import AMP_DTYPES, choose_device, device_name, resolve_amp
 from models.files import git_commit
-from models.training import step_seconds
 
 GPUS = {  # TFLOP/s, GB/s, GiB, how many
     "GeForce RTX 3070 (8 GB)": (40.6, 448, 8, 1),
