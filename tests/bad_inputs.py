@@ -143,10 +143,14 @@ def main() -> int:
         outcome = in_sandbox(Path(folder), sys.argv[1:])
     print(f"{len(outcome['rows'])} kinds, {len(outcome['wrong'])} of them wrong.")
     if not sys.argv[1:]:
+        sys.path.insert(0, str(ROOT))
+        from models.files import git_commit
+
+        rows = [row | {"commit": git_commit()} for row in outcome["rows"]]
         with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(outcome["rows"][0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(outcome["rows"])
+            writer.writerows(rows)
     return int(bool(outcome["wrong"]))
 
 

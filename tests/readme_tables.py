@@ -388,7 +388,7 @@ def robustness() -> list[str]:
     scripts = len({row["script"] for row in bad})
     lines.append([f"broken and hostile inputs of {scripts} scripts", f"{len(bad)} kinds",
                   f"{len(refused)} refused in one line, {len(bad) - len(refused)} that can be read were read",
-                  f"[csv]({TESTS}/bad_inputs.csv)"])  # fmt: skip
+                  source(f"{TESTS}/bad_inputs.csv", bad[:1])])  # fmt: skip
     for row in read(f"{TESTS}/fuzz.csv"):
         lines.append([f"the reader of a {FUZZED[row['reader']]} fuzzed, {float(row['minutes']):.0f} min",
                       f"{int(row['executions']):,} inputs", "nothing found" if row["findings"] == "0" else "a finding",
