@@ -24,7 +24,6 @@ from tests.benchmarks import recipe  # noqa: E402
 README = ROOT / "README.md"
 TESTS = "tests/benchmarks/results"
 ENGINES = "models/benchmark/results"
-REAL_RUN = "models/unet/results/real-64"
 FOLDS = "models/unet/results/phantoms-real-96-fold0"  # holds the cross-validation of both networks
 NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
 ROWS = {network: f"{network}-phantoms-real-96" for network in NETWORKS}  # what the folds are called there
@@ -34,7 +33,6 @@ BEGINNINGS = {
     "swinunetr": {"swinunetr-real-96": "40 epochs",
                   "swinunetr-phantoms-real-96": "40 epochs, from weights of phantoms"},
 }  # fmt: skip
-COMPARISON = f"{REAL_RUN}/evaluation-test/comparison.csv"
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
 FUZZED = {"nifti": "NIfTI file", "case": "case", "tensor": "tensor file", "checkpoint": "checkpoint"}
@@ -151,9 +149,6 @@ def commands() -> list[str]:
 
 
 def headlines() -> list[str]:
-    runs = {row["model"]: dice(row, "dice_") for row in read(COMPARISON)}
-    config = json.loads((ROOT / REAL_RUN / "config.json").read_text(encoding="utf-8"))
-    trained, tested = (len(config["split"][part]) for part in ("train", "test"))
     demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
     folds = read(f"{FOLDS}/evaluation-cross-validation/per_case.csv")
     means = {(network, region): fmean(float(row["dice"]) for row in folds
@@ -163,9 +158,6 @@ def headlines() -> list[str]:
     lines = [
         ["Dice on 12 real cases, cross-validated at 96³, mean", f"U-Net: {unet}", f"Swin UNETR: {transformer}",
          source(f"{FOLDS}/evaluation-cross-validation/per_case.csv", [commit_of(FOLDS)])],
-        [f"Dice on {tested} real test case{'s' * (tested > 1)}, after training on {trained} at {config['size'][0]}³",
-         f"Swin UNETR: {runs['swinunetr']}", f"U-Net: {runs['unet']}",
-         source(COMPARISON, [commit_of(REAL_RUN)])],
         ["Dice on the synthetic test cases of `make demo`", f"Swin UNETR: {dice(demo, 'swinunetr_')}",
          f"U-Net: {dice(demo, 'unet_')}", source(f"{TESTS}/demo.csv", [demo])],
     ]  # fmt: skip
