@@ -81,6 +81,7 @@ def main() -> int:
     from models.device import choose_device, join_processes, rank
     from models.evaluation import jobs, outputs
     from models.evaluation.scoring import scored
+    from models.evaluation.statistics import note_on_few_cases
 
     options, failures = cli.settings_of(args, jobs.Options), {}
     device = join_processes(choose_device(args.device), "gloo", PATIENCE)
@@ -99,6 +100,8 @@ def main() -> int:
         return 0
     summary = outputs.write_all(out, work, kept, options, failures)
     print_tables(summary)
+    if note := note_on_few_cases(summary["comparisons"]):
+        print(note)
     for name, reason in sorted(failures.items()):
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir()))
@@ -145,9 +148,6 @@ def print_tables(summary: dict):
             print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference in Dice "
                   f"{row['mean_difference']:+.4f}{interval(row['interval'])}, Wilcoxon p {row['wilcoxon_p']:.3g}, "
                   f"Holm-corrected {row['holm_p']:.3g} (cases: {row['cases']})")
-            few = row["cases"] < 6
-    if summary["comparisons"] and few:
-        print("Fewer than 6 cases are too few for any difference to reach p < 0.05.")
 
 
 def print_scores(targets: dict):

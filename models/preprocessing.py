@@ -260,7 +260,7 @@ def _foreground_histogram(voxels: torch.Tensor) -> tuple[int, np.ndarray]:
     return lowest, counts
 
 
-def normalise(voxels: torch.Tensor, window, clip: bool = True) -> torch.Tensor:
+def normalise(voxels: torch.Tensor, window, clip: bool) -> torch.Tensor:
     """Voxels as float32, the two intensities of `window` as 0 and 1, clipped to these or not; zero stays 0."""
     low, high = window
     unit = voxels.to(torch.float32, copy=True).sub_(low).mul_(1 / (high - low))

@@ -170,7 +170,7 @@ def make_learner(model, settings: Settings, device: torch.device) -> Learner:
 
 
 def fit(
-    model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool = False
+    model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool
 ) -> float:
     """Train, validating after each epoch; best.pt is the epoch with the best Dice (see metrics.pooled_dice) of the
     validation cases. Returns total minutes.

@@ -1,4 +1,4 @@
-"""What is scored on which cases, and from predictions to scores. tests/test_scripts.py runs evaluate.py itself."""
+"""What is scored on which cases, and from predictions to scores. tests/test_evaluate.py runs evaluate.py itself."""
 
 from dataclasses import replace
 from pathlib import Path

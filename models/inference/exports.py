@@ -40,7 +40,7 @@ def header_of(model, dtype: str, layout: str, image: Tensor) -> dict[str, str]:
     }
 
 
-def read_header(path: str | Path, device="cpu") -> dict[str, str]:
+def read_header(path: str | Path, device) -> dict[str, str]:
     """What a `.pt2` file says of itself, read without running any of it. InputError for a file that is not one of ours,
     or that another torch, another kind of GPU or another instruction set made."""
     try:
@@ -49,7 +49,7 @@ def read_header(path: str | Path, device="cpu") -> dict[str, str]:
             header = json.loads(archive.read(name))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
-    except (zipfile.BadZipFile, StopIteration, json.JSONDecodeError):
+    except (zipfile.BadZipFile, StopIteration, ValueError):
         header = {}
     if header.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not a .pt2 file of this project's aot engine.")
