@@ -134,7 +134,7 @@ def test_a_raw_case_is_predicted_as_with_monais_parts(imported, published, tmp_p
 def test_a_run_is_not_overwritten(imported):
     before = (imported / "best.pt").read_bytes()
     result = run_script(*COMMAND, "model.pt", "--run-name", "fold", cwd=imported.parents[3], status=2)
-    assert "holds a run already. Choose another --run-name." in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "already holds a run. Choose another --run-name." in result.stderr and len(result.stderr.splitlines()) == 1
     assert (imported / "best.pt").read_bytes() == before
 
 

@@ -95,8 +95,13 @@ def comparison_table(summary: dict) -> list[dict]:
 
 
 def title_of(summary: dict) -> str:
-    splits = (f"{run['cases']} {run['split']}" for run in summary["runs"].values())
-    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space".replace("1 test cases", "1 test case")
+    splits = (counted(run["cases"], run["split"]) for run in summary["runs"].values())
+    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space"
+
+
+def counted(cases: int, split: str) -> str:
+    """How many cases of what split, such as "1 test case" or "12 cases, cross-validated in 5 folds"."""
+    return f"{cases} {split if cases != 1 else split.replace('cases', 'case', 1)}"
 
 
 def facts_of(summary: dict) -> dict[str, str]:

@@ -74,7 +74,7 @@ def load_published(path: str | Path) -> tuple[nn.Module, dict]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        raise InputError(f"{path}: damaged or no weights ({one_line(error, 80)}).") from None
+        raise InputError(f"{path}: damaged, or not a file of weights ({one_line(error, 80)}).") from None
     try:
         weights = import_state_dict(checkpoint)
         model = build_model("swinunetr", **settings_of(weights), legacy_merging=True)
@@ -110,7 +110,7 @@ def import_run(path: Path, name: str) -> Path:
     """
     folder = choose_folder("swinunetr", name)
     if any((folder / checkpoint).exists() for checkpoint in ("best.pt", "last.pt")):
-        raise InputError(f"{folder} holds a run already. Choose another --run-name.")
+        raise InputError(f"{folder} already holds a run. Choose another --run-name.")
     model, checkpoint = load_published(path)
     outputs = model.config["out_channels"]
     if outputs != len(REGION_CHANNELS):
