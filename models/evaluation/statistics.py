@@ -1,4 +1,4 @@
-"""What a table of scores says: means with their intervals, paired comparisons of runs, calibration. Knows rows and
+"""Statistics of a table of scores: means with their intervals, paired comparisons of runs, calibration. Knows rows and
 arrays, not files.
 
 A row is one score as per_case.csv has it: KEYS, then a column per measure, None where a measure does not apply.
