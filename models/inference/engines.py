@@ -2,14 +2,14 @@
 
 An engine is made for one shape of input. It takes a float32 image [B, 4, D, H, W] on its device and returns logits
 [B, 4 or 3, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network. `choose_engine`
-is --engine of the scripts that predict.
+implements --engine of the scripts that predict.
 
 A network that can compute its attention in several ways has a method `set_attention`, and one that has kernels of its
 own has `set_kernels`; see models.swinunetr.network.
 
-Half precision converts the weights: autocast converts them again in every pass and is no more exact. The memory layout
-and the kernels are chosen by measurement: with channels last, networks with instance norm can get slower. The choice is
-kept in the cache folder, as are the files of the engines that compile ahead of time.
+For half precision the weights are converted: autocast would convert them again in every pass and is no more exact. The
+memory layout and the kernels are chosen by measurement: with channels last, networks with instance norm can get slower.
+The choice is kept in the cache folder, as are the files of the engines that compile ahead of time.
 """
 
 import gc
@@ -56,7 +56,7 @@ FALLBACK = {
     "fused": "eager",
 }  # fmt: skip
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last-3d": torch.channels_last_3d}
-TURNS = 3  # in which OpenVINO and the modules are compared
+TURNS = 3  # of the comparison of OpenVINO with the modules
 CACHE = Path(".engines")  # compiled files and measured layouts; can be deleted at any time
 
 
@@ -70,7 +70,7 @@ class Engine:
     layout: str
     kernels: str  # "torch", or "triton" for this project's own
     shape: tuple[int, ...]
-    first_use_s: float = 0.0  # what it took to have it ready: conversion, compilation, export, the first run
+    first_use_s: float = 0.0  # until it was ready: conversion, compilation, export, the first run
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ def load_engine(
     fallback: bool = True,
     calibration: Sequence[Tensor] = (),
 ) -> Engine:
-    """The one way from a trained run, an exported file or a network to an engine.
+    """An engine for a trained run, an exported file or a network.
 
     Args:
         source: a run's folder, its checkpoint, a `.pt2` file that the "aot" engine made, or a network.
         layout: one of LAYOUTS, or "auto": the faster of them here.
-        fallback: where the engine cannot run, say so on stderr and take the next slower one; else raise InputError.
+        fallback: if the engine cannot run, warn on stderr and take the next slower one; else raise InputError.
         calibration: for int8: images [4, D, H, W] in network space, see `quantisation.calibration_images`.
     """
     device = torch.device(device)
@@ -124,7 +124,7 @@ def load_engine(
             return _load(model, engine, dtype, layout, tuple(shape), device, Path(cache), calibration)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler has a thousand ways to fail, and each is a reason to do without it
+        except Exception as error:  # compilers fail in many ways, and each is a reason to do without them
             if not fallback:
                 raise
             log(f"Warning: {one_line(error)} Taking {FALLBACK[engine]} in place of {engine}.")
@@ -134,12 +134,11 @@ def load_engine(
 def choose_engine(
     model, engine: str, amp_dtype, size: int, device: torch.device, cache: Path = CACHE, run: Run | None = None
 ):
-    """What is to predict cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO where it can run and
-    is faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`.
+    """What predicts cubes of `size` voxels: the engine of that name, or with "auto" OpenVINO if it can run and is
+    faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`.
 
-    "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless somebody asks for
-    something else, a score is that of the network as it was trained.
-    """
+    "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless something else is
+    asked for, a score is that of the network as it was trained. """
     dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     shape = (1, 4, size, size, size)
     if engine == "openvino-int8":
@@ -176,8 +175,8 @@ def engine_name(network) -> str:
 
 
 def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[str, float]:
-    """The median milliseconds in which each network predicts; they take turns, so that other work on the machine
-    disturbs all of them."""
+    """The median milliseconds of a prediction by each network; they take turns, so that other work on the machine
+    disturbs all of them alike."""
     times = {name: [] for name in networks}
     for _ in range(TURNS + 1):
         for name, network in networks.items():
@@ -189,7 +188,7 @@ def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype) -> dict[s
 
 
 class Variant(NamedTuple):
-    """What an engine is free to choose; the fastest is measured."""
+    """What is free to choose for an engine; the fastest variant is found by measurement."""
 
     layout: str  # a key of LAYOUTS
     kernels: str = "torch"  # or "triton": this project's own, for CUDA
@@ -216,7 +215,7 @@ def _load(
 
 
 def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path, calibration=()) -> Engine:
-    # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
+    # A file that has to run elsewhere cannot contain our own kernels, and ONNX has no fused attention.
     attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
     if hasattr(network, "set_kernels"):
@@ -333,8 +332,8 @@ def with_attention(model: nn.Module, attention: str) -> nn.Module:
 
 
 def _stem(model, engine: str, dtype: str, image: Tensor, weights: bool) -> str:
-    """A file name that changes with everything that the file depends on: settings, code, torch, machine, and, where
-    `weights` says so, the weights: what was made of other weights is never found."""
+    """A file name that changes with everything that the content depends on: settings, code, torch, machine and, with
+    `weights`, the weights, so that what was made of other weights is never found."""
     digest = hashlib.sha256()
     settings = (FORMAT, model.config, tuple(image.shape), torch.__version__, torch.get_num_threads())
     digest.update(repr((settings, machine_of(image.device))).encode())
