@@ -144,7 +144,7 @@ def _facts(rows: list[dict], runs: list[str], cases: int, facts: dict[str, str])
 
 
 def _warnings(rows: list[dict], runs: list[str]) -> list[Html]:
-    """Which runs are scored on patients that they know."""
+    """Which runs are scored on patients that they were trained on."""
     said = []
     for run in runs:
         seen = {row["case"] for row in rows if row["run"] == run and row["trained_on"]}
@@ -198,7 +198,7 @@ def _comparisons(comparisons: list[dict]) -> Iterator[Html]:
 
 
 def _run(run: str, spaces: dict, sheet: Path | None) -> Html:
-    """The contact sheet of a run, and all that its scores say."""
+    """The contact sheet of a run, and all statistics of its scores."""
     parts = [tag("h3", run)]
     for space, of_targets in spaces.items():
         rows = [

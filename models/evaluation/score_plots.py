@@ -14,7 +14,7 @@ from models.evaluation.statistics import BINS, calibration_error, mean_region_di
 from models.files import write_atomically
 from models.plots import save_figure
 
-# Okabe & Ito's colours, told apart by people who see red and green alike
+# Okabe & Ito's colours, which colour-blind people can distinguish
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "os^Dv*X"
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 100, not 10²
@@ -91,7 +91,7 @@ def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
 
 
 def _save_with_legend(figure, runs: list[str], path):
-    """With the looks of the runs below it, where long names have room."""
+    """Save a figure with the legend of the runs below it, where long names have room."""
     marks = [Line2D([], [], ls="none", label=run, **_look(place)) for place, run in enumerate(runs)]
     figure.legend(handles=marks, loc="lower center", ncols=4, frameon=False)
     lines = -(-len(runs) // 4)
@@ -104,7 +104,7 @@ def _look(place: int) -> dict:
 
 
 def _dot_size(count: int) -> dict:
-    """So small and faint that `count` dots can be told apart."""
+    """Small and faint enough that `count` dots can be distinguished."""
     return {"ms": 5, "alpha": 0.7} if count <= 200 else {"ms": 3, "alpha": 0.35}
 
 
