@@ -55,10 +55,7 @@ def augment(
             foreground = image_batch[index] != 0
             change_intensities(image_batch[index], draw_intensities(len(image), generator))
         if _chance(noise_probability, generator):
-            seed = int(torch.randint(2**31, (), generator=generator))
-            noise = torch.Generator(device).manual_seed(seed)
-            for target in image_batch[index]:
-                target += torch.empty_like(target).normal_(0, noise_sd, generator=noise)
+            _add_noise(image_batch[index], noise_sd, generator)
         if strong:
             image_batch[index] *= foreground
     torch.set_num_threads(threads)
@@ -77,6 +74,14 @@ def _copy_moved(source, target, order, backwards):
     else:
         moved = moved.permute(order)
     target.copy_(moved.view(source.dtype))
+
+
+def _add_noise(image, sd, generator):
+    """Add Gaussian noise to an image [4, D, H, W] in place, on its own device and volume by volume."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    noise = torch.Generator(image.device).manual_seed(seed)
+    for volume in image:
+        volume += torch.empty_like(volume).normal_(0, sd, generator=noise)
 
 
 def _flips_and_rotation(shape, generator, flip_probability, rotate_probability):

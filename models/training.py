@@ -245,17 +245,14 @@ def train_epoch(
     model, cases: Cases, epoch: int, settings: Settings, learner: Learner, device,
     within: dict | None = None, after_step: Callable = lambda progress: None,
 ) -> tuple[dict, Progress]:  # fmt: skip
-    """One pass over the training cases, or the rest of one that was interrupted.
-
-    Nothing in it waits for the device before the last step is queued, except `after_step` and a check now and then.
+    """One pass over the training cases, or the rest of one that was interrupted; nothing but `after_step` and a check
+    now and then waits for the device. Returns the columns of train.csv that the steps give, and the final progress.
 
     Args:
         model: the network of the learner, or DistributedDataParallel around it.
         epoch: counted from 0.
         within: what was done of the epoch before the interruption, as last.pt has it.
         after_step: called with the progress after each step.
-
-    Returns the columns of train.csv that the steps give, and the progress at the end.
     """
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
@@ -293,10 +290,7 @@ def train_epoch(
                 after_step(progress)
         refuse_not_finite(progress, learner.scaler)
         row = training_figures(progress, learner.optimizer, device)
-        bar.set_postfix_str(
-            f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
-            f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB"
-        )
+        bar.set_postfix_str(in_words(row))
     return row, progress
 
 
@@ -331,6 +325,12 @@ def training_figures(progress: Progress, optimizer, device) -> dict[str, float]:
     row["volumes_per_s"] = sum(map(len, progress.cases)) * world_size() / seconds
     row["peak_gib"] = peak_memory_gib(device)
     return row
+
+
+def in_words(row: dict[str, float]) -> str:
+    """The figures of an epoch, for the end of its progress bar."""
+    return (f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
+            f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB")
 
 
 def follow(average, model, decay: float, step: int):
