@@ -2,7 +2,8 @@
 
 `score_case` computes everything that is reported of a case, on arrays in millimetres. Training needs Dice alone, on its
 own device: one confusion matrix of tensors holds all of it. Nothing here imports torch, so that the processes that
-score cases start fast. """
+score cases start fast.
+"""
 
 import math
 from typing import TYPE_CHECKING

@@ -138,7 +138,8 @@ def choose_engine(
     faster than the network's own modules, else the network. Measured once; the decision is kept in `cache`.
 
     "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless something else is
-    asked for, a score is that of the network as it was trained. """
+    asked for, a score is that of the network as it was trained.
+    """
     dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     shape = (1, 4, size, size, size)
     if engine == "openvino-int8":
