@@ -1,4 +1,4 @@
-"""What is scored on which cases, and from predictions to scores. tests/test_scripts.py runs evaluate.py itself."""
+"""What is scored on which cases, and from predictions to scores. tests/test_evaluate.py runs evaluate.py itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from models.brats import TARGETS
 from models.cases import find_cases
 from models.errors import InputError
 from models.evaluation.cases import find_predictions, item_on_its_grid, raw_item, read_ahead, read_prediction
+from models.evaluation.outputs import counted
 from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, names_of_groups, plan_raw, refuse_trained_on
 from models.evaluation.scoring import Job, pack, score, scored, unpack
 from models.nifti import to_ras
@@ -156,6 +157,11 @@ def test_a_label_map_on_another_grid_or_of_probabilities_is_refused(phantom, tmp
     ):
         with pytest.raises(InputError, match=reason):
             read_prediction(write(tmp_path / f"{name}.nii.gz", voxels, its_affine), item, "brats2021")
+
+
+@pytest.mark.parametrize(("cases", "words"), [(1, "1 test case"), (11, "11 test cases"), (21, "21 test cases")])
+def test_the_cases_are_counted_in_words(cases, words):
+    assert counted(cases, "test cases") == words
 
 
 # ---- the scores ----------------------------------------------------------------------------------------------------

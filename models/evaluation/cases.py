@@ -1,4 +1,4 @@
-"""The cases that are scored, one at a time and read ahead: preprocessed or raw ones, and what they must fit."""
+"""The cases that are scored, preprocessed or raw, read one ahead; and label maps of other programs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +34,9 @@ class Item:
 def read_ahead(
     names: Iterable[str], read: Callable[[str], Item], failures: dict[str, str] | None = None
 ) -> Iterator[Item]:
-    """What `read` makes of each name. While one is in use, the next is being read: no more than two are in memory.
+    """Yield `read(name)` for each name. While one is in use, the next is being read: no more than two are in memory.
 
-    An InputError goes into `failures` (name -> reason) and the others go on; without `failures` it is raised.
+    An InputError is entered in `failures` (name -> reason), and the others go on; without `failures` it is raised.
     """
     with ThreadPoolExecutor(1) as reader:
         following = None
@@ -69,7 +69,7 @@ def prepared_item(path: Path, raw: Case | None) -> Item:
 
 
 def raw_item(case: Case, preprocessing: dict) -> Item:
-    """A raw case, prepared as a run wants it (`Run.preprocessing`); with or without segmentation."""
+    """A raw case, preprocessed for a run (see `Run.preprocessing`); with or without segmentation."""
     volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0]) if case.labelled else None
     result = to_network(volumes.image, truth, volumes.affine, **preprocessing)
@@ -118,7 +118,7 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def item_on_its_grid(case: Case) -> Item:
-    """A raw case as it is: the grid of the original files, with its axes in RAS order, is its network space."""
+    """A raw case as it is: its network space is the grid of the original files with RAS axes."""
     volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0])
     image, label = (np.ascontiguousarray(to_ras(volume, volumes.affine)) for volume in (volumes.image, truth[None]))
