@@ -86,12 +86,14 @@ def nifti_files() -> dict[str, tuple]:
         "all voxels 0": (".nii", raw[:352] + bytes(len(raw) - 352), "every voxel is zero"),
         "zero affine": (".nii", patched("12f", SROW, *[0] * 12), "singular"),
         "NaN in the affine": (".nii", patched("12f", SROW, *[float("nan")] * 12), "singular"),
-        "affine in metres": (".nii", patched("12f", SROW, *(identity / 1000).flat), "singular"),
-        "affine in micrometres": (".nii", patched("12f", SROW, *(identity * 1000).flat), "m in all"),
+        "affine in metres": (".nii", patched("12f", SROW, *(identity / 1000).flat), "no head"),
+        "affine in centimetres": (".nii", patched("12f", SROW, *(identity / 10).flat), "no head"),
+        "affine in micrometres": (".nii", patched("12f", SROW, *(identity * 1000).flat), "no head"),
         "no rotation": (".nii", without_sform(patched("3f", QUATERN, 9, 9, 9)), "not a readable NIfTI file"),
         "another shape than the other files": (".nii", patched("hh", DIM + 2, 22, 20), "differs from"),
         "four dimensions": (".nii", patched("h4h", DIM, 4, 10, 22, 18, 2), "expected three dimensions"),
-        "empty file": (".nii.gz", b"", "not a readable NIfTI file"),
+        "empty file": (".nii.gz", b"", "ends within its header"),
+        "a pointer of Git LFS": (".nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "ends within its header"),
         "a web page": (".nii.gz", b"<!DOCTYPE html><title>404</title>" * 30, "not a readable NIfTI file"),
         "a zip file": (".nii.gz", b"PK\3\4" + bytes(400), "not a readable NIfTI file"),
     }
@@ -111,6 +113,7 @@ def label_files() -> dict[str, tuple]:
         "label 1.5": (file(label * np.float32(1.5)), "whole numbers"),
         "label NaN": (file(label * np.float32("nan")), "whole numbers"),
         "label 1e9": (file(label * np.float32(1e9)), "whole numbers"),
+        "a channel for each label": (file(np.stack([label] * 3, -1)), "a label in each voxel"),
         "segmentation of another shape": (file(label[:10]), "differs from"),
         "segmentation elsewhere": (file(label, LPS + np.diag([0, 0, 0.3, 0])), "--same-voxels"),
     }
@@ -148,6 +151,7 @@ def valid_files() -> dict[str, bytes]:
     big = nibabel.Nifti1Image(voxels, LPS, nibabel.Nifti1Header(endianness=">"))
     return {
         "valid: big-endian": big.to_bytes(),
+        "valid: NIfTI-2": nibabel.Nifti2Image(voxels, LPS).to_bytes(),
         "valid: scl_slope and scl_inter": patched("ff", SLOPE, 0.5, 3.0),
         "valid: vox_offset 0": patched("f", VOX_OFFSET, 0.0),
         "valid: an extension of 2 GB that is not there": patched("4sii", 348, b"\1\0\0\0", 2**31 - 16, 6),
