@@ -65,7 +65,7 @@ def nifti_files() -> dict[str, tuple]:
         "no dimension": (".nii", patched("h", DIM, 0), "not a readable NIfTI file"),
         "wrong magic": (".nii", patched("4s", MAGIC, b"xxxx"), "magic"),
         "magic of a pair of files": (".nii", patched("4s", MAGIC, b"ni1\0"), ".img"),
-        "NIfTI-2": (".nii", struct.pack("<i8s", 540, b"n+2\0\r\n\x1a\n") + bytes(600), "not a readable NIfTI file"),
+        "NIfTI-2 of zeros": (".nii", struct.pack("<i8s", 540, b"n+2\0\r\n\x1a\n") + bytes(600), "not a readable NIfTI"),
         "truncated header": (".nii", raw[:100], "not a readable NIfTI file"),
         "truncated voxels": (".nii", raw[:-100], "truncated"),
         "truncated gzip": (".nii.gz", zipped[:-500], "truncated or damaged"),

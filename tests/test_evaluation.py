@@ -112,6 +112,17 @@ def test_missing_and_extra_label_maps_are_named(tmp_path):
         find_predictions(tmp_path, ["a", "b", "c", "d", "e", "f"])
     with pytest.raises(InputError, match="unknown cases: b"):
         find_predictions(tmp_path, ["a"])
+    with pytest.raises(InputError, match="no label map of c, but one of b"):
+        find_predictions(tmp_path, ["a", "c"])
+
+
+def test_of_two_label_maps_of_a_case_none_is_chosen_and_a_backup_is_none(tmp_path):
+    for name in ("a.nii.gz", "a.nii.gz.bak", "._a.nii"):
+        (tmp_path / name).touch()
+    assert find_predictions(tmp_path, ["a"]) == {"a": tmp_path / "a.nii.gz"}
+    (tmp_path / "a.nii").touch()
+    with pytest.raises(InputError, match=r"two label maps of a: a\.nii and a\.nii\.gz"):
+        find_predictions(tmp_path, ["a"])
 
 
 @pytest.fixture(scope="module")
