@@ -7,12 +7,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import write_raw_case
+from conftest import LPS, write_raw_case
 from torch.nn.functional import interpolate, one_hot
 
 from models.brats import TARGETS
 from models.cases import find_cases
-from models.errors import InputError
+from models.errors import InputError, InputWarning
 from models.evaluation.cases import find_predictions, item_on_its_grid, raw_item, read_ahead, read_prediction
 from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, plan_raw, refuse_trained_on
 from models.evaluation.scoring import Job, pack, score, scored, unpack
@@ -102,6 +102,14 @@ def test_an_unreadable_case_is_named_and_the_others_go_on():
     assert list(read_ahead(["a", "b", "c"], read, failures)) == ["a", "c"] and failures == {"b": "b is damaged."}
     with pytest.raises(InputError, match="b is damaged"):
         list(read_ahead(["a", "b", "c"], read))
+
+
+def test_labelled_voxels_outside_the_head_are_told_with_the_case(tmp_path):
+    folder, _, label = write_raw_case(tmp_path, "C")
+    label[0, 0, :5] = 2
+    nibabel.save(nibabel.Nifti1Image(label, LPS), folder / "C_seg.nii.gz")
+    with pytest.warns(InputWarning, match=rf"C: segmentation, 5 of {np.count_nonzero(label)} labelled voxels"):
+        raw_item(find_cases(tmp_path, "brats2023")[0], PREPROCESSING)
 
 
 def test_missing_and_extra_label_maps_are_named(tmp_path):

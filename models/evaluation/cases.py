@@ -72,7 +72,7 @@ def raw_item(case: Case, preprocessing: dict) -> Item:
     """A raw case, prepared as a run wants it (`Run.preprocessing`); with or without segmentation."""
     volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0]) if case.labelled else None
-    result = to_network(volumes.image, truth, volumes.affine, **preprocessing)
+    result = to_network(volumes.image, truth, volumes.affine, label_name=f"{case.name}: segmentation", **preprocessing)
     label = result["label"][0].to(torch.uint8) if case.labelled else None
     return Item(case.name, result["image"], label, result["geometry"], scheme, truth)
 
@@ -108,8 +108,8 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         match = NIFTI.fullmatch(path.name)
         if match and files.setdefault(match["stem"], path) is not path:
-            names = f"{files[match['stem']].name} and {path.name}"
-            raise InputError(f"{folder}: two label maps of {match['stem']}: {names}. Remove one of them.")
+            both = f"{files[match['stem']].name} and {path.name}"
+            raise InputError(f"{folder}: two label maps of {match['stem']}: {both}. Remove one of them.")
     missing, extra = sorted(names - files.keys()), sorted(files.keys() - names)
     for kind, found, advice in (
         ("no label map of", missing, "Give one for every labelled raw case, or say with --data which to score"),
