@@ -230,14 +230,14 @@ def _described_files(root: Path, channels) -> tuple[dict, str]:
               if NIFTI.fullmatch(path.name)]  # fmt: skip
     stems = [NIFTI.fullmatch(path.name)["stem"] for path in images]
     endings = {f"_{number:04d}": role for number, role in enumerate(channels)}
-    strays = [path.name for path, stem in zip(images, stems, strict=True) if stem[-5:] not in endings]
+    strays = [path for path, stem in zip(images, stems, strict=True) if stem[-5:] not in endings]
     split = len(strays) < len(images) / 2
     if split and strays:
         text = f"{len(strays)} files that do not end in {', '.join(endings)} are left out"
-        warnings.warn(InputWarning(str(root / strays[0]), text), stacklevel=4)
+        warnings.warn(InputWarning(str(strays[0]), text), stacklevel=4)
     files = {}
     for path, stem in zip(images, stems, strict=True):
-        if split and path.name in strays:
+        if split and path in strays:
             continue
         name, role = (stem[:-5], endings[stem[-5:]]) if split else (stem, "4d")
         roles = files.setdefault(name, {})

@@ -215,7 +215,7 @@ def test_labels_that_a_dataset_json_does_not_explain_are_refused_whatever_the_ca
 def test_a_stray_file_among_the_channels_of_nnunet_is_left_out_and_told(tmp_path):
     volumes, label = write_nnunet(tmp_path, *DECLARED["labels"])
     (tmp_path / "imagesTr/case_001_0000_old.nii.gz").write_bytes(b"a copy")
-    with pytest.warns(InputWarning, match=r"case_001_0000_old\.nii\.gz: 1 files that do not end in _0000"):
+    with pytest.warns(InputWarning, match=r"imagesTr.case_001_0000_old\.nii\.gz: 1 files that do not end in _0000"):
         (case,) = find_cases(tmp_path)
     assert_is(case, volumes, label)
 
