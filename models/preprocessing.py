@@ -35,6 +35,7 @@ def to_network(
     spacing_mm: float = 1.0,
     normalize: str = "percentile",
     crop: bool = True,
+    label_name: str = "segmentation",
 ) -> dict:
     """A case of native space as the tensors and plain numbers of a preprocessed case.
 
@@ -47,6 +48,7 @@ def to_network(
         normalize: of each modality: "percentile", to [0, 1] between the PERCENTILES of its non-zero voxels, clipped;
             or "zscore", minus their mean and divided by their standard deviation, not clipped.
         crop: to the foreground; else the whole grid is kept.
+        label_name: what a warning calls the label map.
 
     Returns `image` float32 [4, D, H, W], its background 0; `label` int64 [1, D, H, W] where there is one; `geometry`
     (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast, and warns of
@@ -54,7 +56,7 @@ def to_network(
     """
     native_box = foreground_box(image) if crop else [(0, n) for n in image.shape[1:]]
     if label is not None:
-        _warn_of_labels_outside(label, native_box)
+        _warn_of_labels_outside(label, native_box, label_name)
     geometry = _make_geometry(image.shape[1:], affine, native_box, size, float(spacing_mm))
     steps, box = _resampling_steps(geometry), geometry["crop_box"]
     onto_resampled = [_positions(high, step)[low:] for (low, high), step in zip(box, steps, strict=True)]
@@ -73,10 +75,10 @@ def to_network(
     return result | {"geometry": geometry, "normalization": normalization}
 
 
-def _warn_of_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
+def _warn_of_labels_outside(label: np.ndarray, box: list[tuple[int, int]], name: str):
     inside = np.count_nonzero(label[tuple(slice(low, high) for low, high in box)])
     if outside := np.count_nonzero(label) - inside:
-        which = f"segmentation, {outside} of {outside + inside} labelled voxels"
+        which = f"{name}, {outside} of {outside + inside} labelled voxels"
         warnings.warn(InputWarning(which, "labelled voxels outside the head are lost in the crop"), stacklevel=3)
 
 
@@ -119,7 +121,8 @@ def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: boo
         voxels = torch.from_numpy(np.ascontiguousarray(image[channel].transpose(order)))
         window = normalization[modality] = intensity_window(voxels) if clip else z_score_window(voxels)
         if not window[1] > window[0]:
-            raise InputError(f"{modality} has the one intensity {window[0]:g} all over: not an MRI.")
+            raise InputError(f"{modality} has the one intensity {window[0]:g} all over the head: not an MRI. Repair "
+                             "or leave out this case.")  # fmt: skip
         if onto_resampled is not None:
             voxels = _resample(voxels, window, clip, [onto_resampled[axis] for axis in order])
             window = (0, 1)
