@@ -4,7 +4,7 @@
 A row is a network, an engine, a number type, a batch and a size, in a process of its own. MONAI's classes run beside
 ours with the same weights. Engines: eager, fused, compile, cudagraph, aot, onnx, openvino. Types: float32, tf32, bf16,
 fp16, int8. What this machine cannot run is listed with the reason, and so is a type that it only emulates, which runs
-if --dtypes names it. int8 also runs only if it is named, with openvino, and for a --run whose training cases are there:
+if --dtypes names it. int8 also runs only if it is named, with openvino, and for a --run whose training cases exist:
 they calibrate it. --out gets figures and a CSV named after device and torch, to which every run appends; the last line
 on stdout is one JSON object.
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Score trained runs, or label maps that another program made, as BraTS papers do, and predict folders of patients.
+"""Score trained runs, or label maps made by another program, as BraTS papers do, and predict folders of patients.
 
 Predictions are taken back to the grid of the original files and scored there against the original segmentation: Dice,
 HD95, surface Dice at 1 mm, volumes, and the lesion-wise scores of BraTS 2026 and 2023, for WT, TC, ET and each label.
---out gets per_case.csv, summary.json, comparison.csv, figures, and report.html, which shows all of it in a browser.
+The folder --out gets per_case.csv, summary.json, comparison.csv, figures, and report.html, which shows all of it.
 
 Several runs are compared on the same cases. The folds of a cross-validation (--fold of the training scripts) become one
-row of the tables, every case being scored by the run that has not seen it.
+row of the tables, where every case is scored by the run that has not seen it.
 
   python evaluate.py models/unet/results/RUN
   torchrun --nproc-per-node 4 evaluate.py models/unet/results/RUN   (the cases shared among four GPUs)
@@ -49,14 +49,14 @@ def arguments():
                       help="score cases that a run was trained on, too, and mark them")
     how = parser.add_argument_group("how")
     how.add_argument("--space", choices=("native", "network"), default="native",
-                     help="grid of the scores: that of the original files, or that of the tensors (not comparable with "
-                          "published scores)")
+                     help="grid of the scores: that of the original files, or that of the tensors, whose scores do not "
+                          "compare with published ones")
     how.add_argument("--ensemble", action="store_true", help="score the mean of the runs' probabilities as well")
     how.add_argument("--tta", action="store_true", help="average over the 8 mirror images: 8 times the work")
     how.add_argument("--overlap", type=cli.fraction, help="of sliding windows (default: as the run records, or 0.5)")
     how.add_argument("--small-et", action="store_true",
-                     help="turn enhancing tumours below a volume into NCR; the volume that is best on each run's "
-                          "validation cases")
+                     help="turn enhancing tumours below a volume into NCR: the volume that gives the best Dice on "
+                          "each run's validation cases")
     how.add_argument("--workers", type=cli.positive_int, default=cli.usable_cpus(),
                      help="processes that score while the networks run")
     cli.add_device_arguments(how)
@@ -81,6 +81,7 @@ def main() -> int:
     from models.device import choose_device, join_processes, rank
     from models.evaluation import jobs, outputs
     from models.evaluation.scoring import scored
+    from models.evaluation.statistics import note_on_few_cases
 
     options, failures = cli.settings_of(args, jobs.Options), {}
     device = join_processes(choose_device(args.device), "gloo", PATIENCE)
@@ -94,11 +95,13 @@ def main() -> int:
     processes = min(args.workers, count // 4)  # each takes seconds to start
     done = scored(jobs.jobs_of(work, failures if args.cases else None), processes)
     done = list(tqdm(done, total=count, unit="case", disable=rank() > 0))
-    kept = jobs.brought_together(work, done, failures)
+    kept = jobs.gathered(work, done, failures)
     if rank() > 0:
         return 0
     summary = outputs.write_all(out, work, kept, options, failures)
     print_tables(summary)
+    if note := note_on_few_cases(summary["comparisons"]):
+        print(note)
     for name, reason in sorted(failures.items()):
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"Written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir()))
@@ -145,9 +148,6 @@ def print_tables(summary: dict):
             print(f"{row['second']} - {row['first']}, {row['space']} {row['target']:3}: mean difference in Dice "
                   f"{row['mean_difference']:+.4f}{interval(row['interval'])}, Wilcoxon p {row['wilcoxon_p']:.3g}, "
                   f"Holm-corrected {row['holm_p']:.3g} (cases: {row['cases']})")
-            few = row["cases"] < 6
-    if summary["comparisons"] and few:
-        print("Fewer than 6 cases are too few for any difference to reach p < 0.05.")
 
 
 def print_scores(targets: dict):
@@ -158,8 +158,8 @@ def print_scores(targets: dict):
     shown = [column for column in columns if any(column in measures for measures in targets.values())]
     print("     " + "".join(f"{columns[column]:>26}" for column in shown))
     for target, measures in targets.items():
-        said = [measures.get(column) for column in shown]
-        cells = [f"{one['mean']:.4f}{interval(one['interval'])}" if one else "-" for one in said]
+        found = (measures.get(column) for column in shown)
+        cells = [f"{one['mean']:.4f}{interval(one['interval'])}" if one else "-" for one in found]
         print(f"{target:5}" + "".join(f"{cell:>26}" for cell in cells))
 
 
@@ -168,13 +168,13 @@ def interval(ends) -> str:
 
 
 def print_rules(targets: dict):
-    """How often a rule decided, because a mask was empty."""
-    said = []
+    """How often a rule decided the scores because a mask was empty."""
+    texts = []
     for kind, rule in (("both", "1, 0 mm"), ("prediction", "0, 374 mm"), ("truth", "0, 374 mm")):
         counts = {target: measures["empty"][kind] for target, measures in targets.items() if measures["empty"][kind]}
         name = {"both": "truth and prediction empty", "prediction": "prediction alone", "truth": "truth alone"}[kind]
-        said.append(f"{name} ({rule}): {counts or 'never'}")
-    print("; ".join(said) + ".")
+        texts.append(f"{name} ({rule}): {counts or 'never'}")
+    print("; ".join(texts) + ".")
 
 
 def print_cost(name: str, run: dict):

@@ -91,19 +91,17 @@ def main() -> int:
     claim(args.out, run, manifest, shard)
     print((f"Shard {shard[0]} of {shard[1]}: " if shard else "")
           + f"{len(cases) - len(todo)} cases are done already, {len(todo)} to do with {workers} workers.")
-    failures = {}
-    if todo:
-        manifest_file = manifest_path(args.out, shard)
-        failures = cohort.process(todo, settings, args.out, workers, manifest, manifest_file)
+    own = manifest_path(args.out, shard)
+    failures = cohort.process(todo, settings, args.out, workers, manifest, own) if todo else {}
     for name, reason in sorted(failures.items()):
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if shard:
-        write_manifest(manifest_path(args.out, shard), manifest | {"failures": failures})
+        write_manifest(own, manifest | {"failures": failures})
         merged = merge_shards(args.out, run, shard[1])
         if isinstance(merged, list):
-            print(f"Shard {shard[0]} of {shard[1]} is done and waits for nothing. " +
+            print(f"Shard {shard[0]} of {shard[1]} is done. " +
                   (f"Not yet done: {', '.join(map(str, merged))}. The last one writes manifest.json and splits.json."
-                   if manifest_path(args.out, shard).exists() else "Another has put all of them together."))
+                   if own.exists() else "Another shard has merged all of them."))
             return 0
         manifest, failures = merged
     manifest["raw"] = portable(args.raw)  # where an evaluation finds the truth

@@ -1,6 +1,6 @@
-"""Batched augmentation on the device that trains: flips, 90-degree rotations, Gaussian noise; more if it is strong.
+"""Batched augmentation on the training device: flips, 90-degree rotations, Gaussian noise; more if it is strong.
 
-The decisions are drawn on the CPU, so nothing waits for the device. A flip and a rotation of one case together are one
+Decisions are drawn on the CPU, so nothing waits for the device. The flips and the rotation of a case together are one
 permutation of the axes and one set of reversed axes: a case is read once, as it is stored, and written once, in the
 types that the network and the loss take.
 """
@@ -37,14 +37,14 @@ def augment(
                torch.empty(count, 1, *shape, dtype=torch.long, device=device))  # fmt: skip
     image_batch, label_batch = (batch[:count] for batch in out)
     threads = torch.get_num_threads()
-    # These are many short operations: threads would wait for one another longer than they work.
+    # Many short operations: threads would wait for one another longer than they work.
     few = 1 if device.type == "cpu" else threads
     torch.set_num_threads(few)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         order, backwards = _flips_and_rotation(shape, generator, flip_probability, rotate_probability)
         warp = draw_warp(generator) if strong else None
         if warp:
-            torch.set_num_threads(threads)  # this is a long one
+            torch.set_num_threads(threads)  # a long operation
             resample(image, label, warp, order, backwards, image_batch[index], label_batch[index])
             torch.set_num_threads(few)
         else:
@@ -55,10 +55,7 @@ def augment(
             foreground = image_batch[index] != 0
             change_intensities(image_batch[index], draw_intensities(len(image), generator))
         if _chance(noise_probability, generator):
-            seed = int(torch.randint(2**31, (), generator=generator))
-            noise = torch.Generator(device).manual_seed(seed)
-            for target in image_batch[index]:
-                target += torch.empty_like(target).normal_(0, noise_sd, generator=noise)
+            _add_noise(image_batch[index], noise_sd, generator)
         if strong:
             image_batch[index] *= foreground
     torch.set_num_threads(threads)
@@ -77,6 +74,14 @@ def _copy_moved(source, target, order, backwards):
     else:
         moved = moved.permute(order)
     target.copy_(moved.view(source.dtype))
+
+
+def _add_noise(image, sd, generator):
+    """Add Gaussian noise to an image [4, D, H, W] in place, on its own device and volume by volume."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    noise = torch.Generator(image.device).manual_seed(seed)
+    for volume in image:
+        volume += torch.empty_like(volume).normal_(0, sd, generator=noise)
 
 
 def _flips_and_rotation(shape, generator, flip_probability, rotate_probability):

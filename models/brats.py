@@ -42,16 +42,18 @@ COHORTS = {
     "PED": "brats-ped",  # the release of 2023 has other values under the same names, in folders with the year
     "SSA": "brats2023",
 }
-COHORT_NAME = re.compile(r".*BraTS[-_](?P<cohort>[a-z]+(?:[-_][a-z]+)*)[-_]\d+(?:-(?P<visit>\d+))?", re.I)
-PED_2023 = re.compile(r"BraTS[-_]?(?:PEDs?[-_]?)?2023", re.I)  # ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData
+COHORT_NAME = re.compile(r".*BraTS[-_](?P<cohort>[a-z]+(?:[-_][a-z]+)*)[-_]\d+(?:[-_](?P<visit>\d+))?", re.I)
+# ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData, BraTS-PEDs2024_Training
+RELEASE = re.compile(r"(?:BraTS|PEDs?)[-_ ]?(?:PEDs?[-_ ]?)?(20\d\d)(?!\d)", re.I)
 FIRST_VISIT_AFTER_TREATMENT = 100
 
 # Names in which a visit follows the patient.
 VISITS = (
-    re.compile(r"(BraTS-[a-z-]+-\d{4,5})-\d{1,3}", re.I),
+    re.compile(r"(BraTS[-_][a-z_-]+[-_]\d{4,5})[-_]\d{1,3}", re.I),
     re.compile(r"(Brats1[789]_.+)_\d+", re.I),
     re.compile(r"(UPENN-GBM-\d{5})_\d{2}", re.I),
-    re.compile(r"(UCSF-PDGM-\d{4})_FU\w+", re.I),
+    re.compile(r"(sub-[a-z0-9]+)_.+", re.I),  # BIDS: sub-01_ses-2
+    re.compile(r"(.+?)[-_](?:FU|timepoint|visit|week)[-_]?\d+[a-z]?(?:-\d)?(?:[-_][a-z]+)*", re.I),
 )
 
 
@@ -74,12 +76,13 @@ def cohort_of(name: str) -> str:
 
 
 def cohort_scheme(name: str, path: Path) -> str:
-    """The label scheme of the cohort in a case name; "" where that has none. `path` is a file of the case: the folders
-    above it tell the pediatric release of 2023 from the later ones."""
+    """The label scheme of the cohort in a case name; "" where that has none. `path` is a file of the case: the nearest
+    folder above it that names a year tells the pediatric release of 2023 from the later ones."""
     cohort = cohort_of(name)
     if cohort == "GLI" and int(COHORT_NAME.match(name)["visit"] or 0) >= FIRST_VISIT_AFTER_TREATMENT:
         return "brats2024"
-    if cohort == "PED" and any(PED_2023.search(part) for part in path.absolute().parts):
+    years = (match[1] for part in reversed(path.absolute().parts) if (match := RELEASE.search(part)))
+    if cohort == "PED" and next(years, None) == "2023":
         return "brats2023"
     return COHORTS.get(cohort, "")
 

@@ -26,8 +26,8 @@ LAYOUTS = {
 # What a scan is called -> its role. A name that is not here is not a guess of ours: T1 after contrast and T1 before it
 # look alike to a program.
 ROLES = {
-    **dict.fromkeys(("t1", "t1n", "t1w"), "t1"),
-    **dict.fromkeys(("t1ce", "t1c", "t1gd", "t1_gd", "t1-gd", "t1post"), "t1ce"),
+    **dict.fromkeys(("t1", "t1n", "t1w", "t1pre", "t1_pre", "t1-pre"), "t1"),
+    **dict.fromkeys(("t1ce", "t1c", "t1gd", "t1_gd", "t1-gd", "t1post", "t1_post", "t1-post"), "t1ce"),
     **dict.fromkeys(("t2", "t2w"), "t2"),
     **dict.fromkeys(("flair", "t2f", "t2flair", "t2_flair", "t2-flair"), "flair"),
     **dict.fromkeys(("seg", "segm", "segmentation", "tumor_segmentation"), "seg"),
@@ -90,7 +90,8 @@ def find_cases(root: str | Path, labels: str | None = None, same_voxels: bool = 
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Give the folder that holds the BraTS case folders.")
+        what = "not a folder" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {what}. Give the folder that holds the BraTS case folders.")
     cases, scans, others, doubts = [], {}, [], []
     for folder, subfolders, names in _walk(root):
         if "dataset.json" in names:
@@ -114,15 +115,21 @@ def find_cases(root: str | Path, labels: str | None = None, same_voxels: bool = 
     for case, following in pairwise(cases):
         if case.name == following.name:
             folders = f"{case.source_files[0].parent} and {following.source_files[0].parent}"
-            raise InputError(f"case {case.name} is there twice, in {folders}. Keep one of them.")
+            raise InputError(f"case {case.name} is there twice, in {folders}. If it is one case, keep one of them; if "
+                             "not, rename the files to <case>_t1.nii.gz and so on.")  # fmt: skip
     return [replace(case, labels=labels or case.labels, same_voxels=same_voxels) for case in cases]
 
 
 def _walk(root: Path):
-    """Like os.walk, through links too, but no folder twice: a link may lead back."""
+    """Like os.walk, through links too, but no folder twice: a link may lead back. Hidden folders, such as .Trash-1000
+    and .snapshot, are left out; so are those that may not be opened, which is told."""
+
+    def tell(error: OSError):
+        warnings.warn(InputWarning(error.filename, f"left out: {error.strerror}"), stacklevel=4)
+
     seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
+    for folder, subfolders, names in os.walk(root, onerror=tell, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
@@ -187,7 +194,8 @@ def _nothing_found(root: Path, scans: dict, others: list, doubts: list) -> str:
     elif others:
         there = f"there are {len(others)} NIfTI files, but names like {others[0].name} do not say which scan it is"
     else:
-        there = "there is no .nii or .nii.gz file"
+        files = (path.name for path in root.rglob("[!.]*") if path.is_file())
+        there = "there is no .nii or .nii.gz file" + (f", but {name}" if (name := next(files, "")) else "")
     return (f"{root}: no BraTS case found: {there}. Expected <case>/<case>_t1.nii.gz, _t1ce, _t2, _flair (BraTS "
             "2017-2021), <case>/<case>-t1n.nii.gz, -t1c, -t2w, -t2f (2023 on), or dataset.json with imagesTr/ (MSD "
             "Task01, nnU-Net).")  # fmt: skip
@@ -201,15 +209,16 @@ def _find_described(root: Path) -> list[Case]:
     channel as in nnU-Net. Raises InputError where dataset.json is something else."""
     path = root / "dataset.json"
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark before it
         named = described.get("channel_names") or described["modality"]
         words = [re.sub("[^a-z0-9]", "", named[str(i)].lower()) for i in range(len(named))]
-        channels = tuple(ROLES[word] for word in words)
+        channels = tuple(ROLES.get(word, word) for word in words)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the dataset.json of MSD Task01_BrainTumour or of an nnU-Net data set of BraTS "
                          f"({type(error).__name__}: {error}).") from None  # fmt: skip
     if sorted(channels) != sorted(MODALITIES):
-        raise InputError(f"{path}: channels {', '.join(words)}; expected T1, T1 with contrast, T2 and FLAIR.")
+        raise InputError(f"{path}: channels {', '.join(words)}; expected T1, T1 with contrast, T2 and FLAIR. If they "
+                         "are that, call them T1, T1CE, T2 and FLAIR there.")  # fmt: skip
     files, layout = _described_files(root, channels)
     labels = _declared_scheme(described["labels"]) if "labels" in described else "msd" if layout == "msd" else ""
     return [Case(name, layout, roles, channels if layout == "msd" else (), labels) for name, roles in files.items()]
@@ -221,9 +230,15 @@ def _described_files(root: Path, channels) -> tuple[dict, str]:
               if NIFTI.fullmatch(path.name)]  # fmt: skip
     stems = [NIFTI.fullmatch(path.name)["stem"] for path in images]
     endings = {f"_{number:04d}": role for number, role in enumerate(channels)}
-    split = all(stem[-5:] in endings for stem in stems)
+    strays = [path for path, stem in zip(images, stems, strict=True) if stem[-5:] not in endings]
+    split = len(strays) < len(images) / 2
+    if split and strays:
+        text = f"{len(strays)} files that do not end in {', '.join(endings)} are left out"
+        warnings.warn(InputWarning(str(strays[0]), text), stacklevel=4)
     files = {}
     for path, stem in zip(images, stems, strict=True):
+        if split and path in strays:
+            continue
         name, role = (stem[:-5], endings[stem[-5:]]) if split else (stem, "4d")
         roles = files.setdefault(name, {})
         roles[role] = (*roles.get(role, ()), path)

@@ -1,8 +1,8 @@
-"""last.pt, what a training goes on from: after an epoch, or in the middle of one; and when it has to stop.
+"""last.pt, from which a training is resumed after an epoch or in the middle of one; and when a training has to stop.
 
 On a CPU a training that was stopped anywhere and resumed is equal to one that was not, to the last bit. All randomness
 is drawn from two generators, torch's and that of the augmentation, whose states are kept; the order of the cases and
-their patches follow from the seed and the epoch's number. Python's and NumPy's generators are not used.
+their patches follow from the seed and the number of the epoch. Python's and NumPy's generators are not used.
 """
 
 import math
@@ -59,8 +59,8 @@ class Progress:
 
 
 def write_last(folder: Path, history: list[dict], learner: Learner, within: dict | None = None):
-    """Write last.pt after the epochs of `history` and what has been done `within` the next. All processes have to call
-    it together where there is something within."""
+    """Write last.pt: the state after the epochs of `history` and, with `within` (see `state_of`), after a part of the
+    next one; all processes have to call it together then."""
     state = {"optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict(), "history": history}
     if within:
         state["progress"] = [within]  # of each process
@@ -75,8 +75,8 @@ def write_last(folder: Path, history: list[dict], learner: Learner, within: dict
 
 
 def write_epoch(folder: Path, history: list[dict], best: dict, learner: Learner):
-    """What a whole epoch leaves, but for best.pt: that comes first, so that an interruption between them repeats an
-    epoch rather than losing the best."""
+    """Write what a whole epoch leaves behind, except best.pt, which is written first: an interruption between the two
+    repeats an epoch rather than losing the best one."""
     write_last(folder, history, learner)
     write_history(folder, history, best, learner.model.network)
 
@@ -97,19 +97,19 @@ def restore(path: Path, learner: Learner) -> tuple[list[dict], dict | None]:
         learner.optimizer.load_state_dict(checkpoint["optimizer"])
         learner.scaler.load_state_dict(checkpoint["scaler"])
         history, within = checkpoint["history"], checkpoint.get("progress")
-    except Exception as error:  # what torch makes of a state that is not its own
+    except Exception as error:  # torch can raise anything for a state that is not its own
         reason = f"{type(error).__name__}: {one_line(error, 80)}"
-        raise InputError(f"{path}: nothing that a training could go on from ({reason}).") from None
+        raise InputError(f"{path}: cannot be resumed from ({reason}).") from None
     if within and len(within) != world_size():
-        raise InputError(f"{path} stands within an epoch of {len(within)} processes: resume with as many.")
+        raise InputError(f"{path} was saved within an epoch of {len(within)} processes: resume with as many.")
     return history, within and within[rank()]
 
 
 def begin_epoch(
     model, cases: Cases, epoch: int, settings, device: torch.device, within: dict | None
 ) -> tuple[list, Progress]:
-    """The keys of the cases that are left to this process, in order, and its progress: none, or that of `within`, the
-    state in last.pt."""
+    """The keys of the cases that this process still has to train on, in order, and its progress in the epoch: none yet,
+    or that of `within`, the state in last.pt."""
     order = epoch_order(len(cases), settings.seed, epoch, rank(), world_size())
     # All randomness of an epoch follows from the seed and its number: a resumed run repeats it exactly.
     if settings.patch:
@@ -143,7 +143,7 @@ def state_of(progress: Progress, model) -> dict:
 
 
 def go_on(progress: Progress, state: dict, model):
-    """Bring an epoch that is about to begin to where `state_of` found it."""
+    """Restore the state that `state_of` returned to an epoch that is about to begin."""
     progress.step = state["step"]
     progress.losses.copy_(state["losses"])
     progress.norms.copy_(state["norms"])
@@ -163,7 +163,7 @@ def go_on(progress: Progress, state: dict, model):
 def save_where_due(
     signals: list[int], minutes: float, folder: Path, history: list[dict], learner: Learner, progress: Progress
 ):
-    """Write last.pt if it is so many minutes old, or a signal has come, which then ends the training."""
+    """Write last.pt if it is older than so many minutes or a signal has been received, which then ends the training."""
     due = time.perf_counter() - progress.saved > 60 * minutes
     wanted = agreed(signals[0] if signals else int(due))
     if not wanted:
@@ -176,8 +176,8 @@ def save_where_due(
 
 
 def agreed(wanted: int) -> int:
-    """The largest of what the processes want: all of them have to save, and to stop, after the same step. Does not wait
-    for the device."""
+    """The largest number that any process passes: all have to save, and to stop, after the same step. Does not wait for
+    the device."""
     if world_size() == 1:
         return wanted
     number = torch.tensor(wanted)
@@ -213,5 +213,5 @@ def refuse_not_finite(progress: Progress, scaler):
     more = f" and {len(names) - 5} more cases" if len(names) > 5 else ""
     what = "loss" if steps[0] in bad_steps else "gradient"
     raise InputError(f"the {what} of {', '.join(names[:5])}{more} is not finite (epoch {progress.epoch + 1}, step "
-                     f"{steps[0] + 1}). Look at it if it is always the same; else lower --learning-rate or use --amp "
-                     "off.")  # fmt: skip
+                     f"{steps[0] + 1}). If it is always the same case, inspect it; otherwise lower --learning-rate or "
+                     "use --amp off.")  # fmt: skip

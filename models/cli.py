@@ -19,10 +19,10 @@ TORCHRUN_S = 3.0  # in which torchrun ends the others after one has ended with a
 
 def run(main):
     """Call `main()` and turn what it returns or raises into an exit status: 0 done, 2 unusable command or input (one
-    line, no traceback unless --debug), 3 done but some cases failed, 128 and the signal's number where one ended it
-    (130: Ctrl-C); an error of ours is not caught (traceback, 1)."""
+    line, no traceback unless --debug), 3 done but some cases failed, 128 + n ended by signal n (130: Ctrl-C); an error
+    of ours is not caught (traceback, 1)."""
     warnings.showwarning = _show_warning
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be text
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         sys.exit(main())
     except KeyboardInterrupt as error:
@@ -45,16 +45,16 @@ def run(main):
         reason = re.sub(r"^\[\S+\] ", "", one_line(error, 160))  # without the line of gloo's source
         _say_error(f"another process of this job has ended or no longer answers ({reason}). If it left no message, it "
                    "was probably killed. A training goes on with --resume.")  # fmt: skip
-        time.sleep(TORCHRUN_S)  # torchrun calls the first that it misses the cause
+        time.sleep(TORCHRUN_S)  # torchrun names the first process that ends as the cause
         _end(1)
 
 
 def _say_error(text: str):
-    """Most errors are those of all processes: the first says it, and the others if torchrun does not end them then."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which it does with this
+    """Print an error, which is usually that of all processes: the others wait, and torchrun ends them meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which torchrun does so
     if os.environ.get("RANK", "0") != "0":
         time.sleep(TORCHRUN_S)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file can be called anything
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file name can hold any character
     print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
 
 
@@ -65,8 +65,8 @@ def _end(status: int):
 
 
 def _misses_a_process(error: RuntimeError) -> bool:
-    """Whether it is what torch.distributed raises where a message from another process does not come: of gloo only the
-    text says so."""
+    """Whether torch.distributed raised this because a message from another process was missing: of gloo, only the text
+    says so."""
     return "/gloo/" in str(error) or type(error).__name__.startswith("Dist")
 
 
@@ -81,7 +81,7 @@ def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring followed by the flags with their defaults."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """Both at once: the docstring as it stands, and the defaults where there are any."""
+        """The docstring as it is, and the defaults of the flags that have one."""
 
         def _get_help_string(self, action):
             return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -171,10 +171,10 @@ def _add_data_arguments(group):
                        help="folder made by preprocess_brats.py")
     group.add_argument("--fold", type=fold_name, metavar="K|all",
                        help="train and validate on this cross-validation fold of splits.json; all: on every case that "
-                            "is not for testing, for weights to hand on (that validates nothing: use last.pt)")
+                            "is not for testing, for weights to share (nothing is validated: use their last.pt)")
     group.add_argument("--patch", type=positive_int,
-                       help="train on random cubes with this side in voxels, one of each case in an epoch and one in "
-                            "two around tumour, instead of whole cases; cases of --size native need it")
+                       help="train on random cubes with this side in voxels instead of whole cases, one per case and "
+                            "epoch, every second one around a tumour voxel; cases of --size native need it")
     group.add_argument("--cache", choices=("auto", "device", "ram", "disk"), default="auto",
                        help="keep the cases on the GPU (on a CPU: in RAM), in RAM, or read them from disk in every "
                             "epoch; auto: the first of these that has twice the space that they take")
@@ -222,9 +222,9 @@ def _add_runtime_arguments(group):
                        help="start from the weights of this run of the same network (its folder, or a checkpoint; or "
                             "unet, swinunetr: those that come with the project), not from random ones")
     group.add_argument("--resume", action="store_true",
-                       help="go on with the run of this name where last.pt stands; only --epochs, which may be more, "
-                            "the number of processes and what changes the speed alone may differ from what it began "
-                            "with; with that number --batch-size and --accumulate, if their product with it stays")
+                       help="go on with the run of this name from its last.pt; --epochs may be more than before, flags "
+                            "that affect speed alone may differ, and so may the number of processes, and with it "
+                            "--batch-size and --accumulate if the effective batch size stays the same")
     group.add_argument("--save-minutes", type=positive_float, default=10.0,
                        help="write last.pt this often within an epoch, too: what a crash costs at most; Ctrl-C, "
                             "SIGTERM and SIGUSR1 save at once")

@@ -1,6 +1,6 @@
-"""All cases of a cohort through the preprocessing: in parallel, with an entry of the manifest for each that is done.
+"""Preprocessing of all cases of a cohort: in parallel, with an entry in the manifest for each that is done.
 
-The process that hands out the cases does without torch, which only its workers import: where all is done already, or a
+The process that hands out the cases does not import torch, only its workers do: if everything is done already, or a
 flag is wrong, nobody waits for it.
 """
 
@@ -40,14 +40,14 @@ MANIFEST_SHARE = 0.02  # of the time, at most, goes into writing it: the larger 
 
 
 def describe(cases: list[Case], raw: Path) -> dict[str, int]:
-    """Say what was found; returns the label schemes and how many cases have each. Raises InputError where the label
-    values of a case have no known meaning."""
+    """Print what was found; returns the label schemes and how many cases have each. Raises InputError if the meaning of
+    a case's label values is unknown."""
     kinds = {}
     for case in cases:
         kinds.setdefault((case.layout, scheme_of(case)), []).append(case)
     for (layout, scheme), members in sorted(kinds.items()):
-        unlabelled = sum(not case.labelled for case in members)
-        print(f"{raw}: {len(members)} cases, {LAYOUTS[layout]}; labels {scheme} ({SCHEME_USERS[scheme]}): "
+        unlabelled, plural = sum(not case.labelled for case in members), "s" * (len(members) > 1)
+        print(f"{raw}: {len(members)} case{plural}, {LAYOUTS[layout]}; labels {scheme} ({SCHEME_USERS[scheme]}): "
               f"{describe_scheme(scheme)}" + (f"; {unlabelled} without segmentation" if unlabelled else ""))
     return dict(Counter(map(scheme_of, cases)))
 
@@ -56,7 +56,7 @@ def describe(cases: list[Case], raw: Path) -> dict[str, int]:
 
 
 def fitting_workers(todo: list[Case], settings: dict, wanted: int) -> int:
-    """As many workers as there is memory for while each has the largest case: one at least."""
+    """The number of workers for which there is memory if each has the largest case: at least one, `wanted` at most."""
     largest, free = max((memory_bytes(case, settings) for case in todo), default=0), free_ram_bytes()
     if not wanted * largest > free:  # nan where the system does not say
         return wanted
@@ -67,10 +67,10 @@ def fitting_workers(todo: list[Case], settings: dict, wanted: int) -> int:
 
 
 def memory_bytes(case: Case, settings: dict) -> float:
-    """What a worker takes for a case, at most, as its first file says; 0 for a file that cannot be read."""
+    """The most memory that a worker takes for a case, estimated from its first file; 0 if that cannot be read."""
     try:
         shape, dtype, affine = read_grid(case.source_files[0])
-    except InputError:  # whoever reads the case says it
+    except InputError:  # reported when the case is read
         return 0
     voxels = math.prod(shape[:3])
     resampled = voxels * abs(np.linalg.det(affine[:3, :3])) / settings["spacing_mm"] ** 3
@@ -85,13 +85,13 @@ def memory_bytes(case: Case, settings: dict) -> float:
 def start_worker():
     import torch  # here and below, for the workers alone
 
-    ignore_signals()  # they are the main process's to answer
+    ignore_signals()  # the main process answers them
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the workers share the cores among themselves
 
 
 def end_with_parent():
-    parent_process().join()  # where it was killed, nobody else ends this one
+    parent_process().join()  # if it was killed, nobody else ends this process
     os._exit(1)
 
 
@@ -132,7 +132,7 @@ def fingerprint(volumes: Volumes) -> str:
 
 
 def warnings_by_text(name: str, caught: list[warnings.WarningMessage]) -> dict[str, str]:
-    """What is doubtful about a case -> the files or modalities that it is doubtful about."""
+    """Text of a warning -> the files or modalities of the case that it is about."""
     about = {}
     for message in (record.message for record in caught if record.category is InputWarning):
         about.setdefault(message.args[1], []).append(message.args[0].removeprefix(f"{name}: "))
@@ -152,8 +152,8 @@ def is_done(case: Case, manifest: dict) -> bool:
 
 
 def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest: dict, file: Path) -> dict[str, str]:
-    """Process the cases, filling the manifest, which is written to `file` now and then and in the end, however that
-    comes; returns case -> reason for those that failed."""
+    """Process the cases and enter them in the manifest, which is written to `file` now and then and at the end, also of
+    an interrupted run; returns case -> reason for those that failed."""
     workers = min(workers, len(todo))
     failures, running, waiting, next_writing = {}, {}, iter(todo), time.monotonic() + MANIFEST_EVERY_S
     raise_on_signals(once=True)
@@ -185,7 +185,7 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
                 next_writing = end + max(MANIFEST_EVERY_S, (end - start) / MANIFEST_SHARE)
     except BaseException as error:
         stop(pool, out)
-        with suppress(OutputError):  # a full disk is told already
+        with suppress(OutputError):  # a full disk has been reported already
             write_manifest(file, manifest, durable=False)  # nobody waits for a busy disk after Ctrl-C
         if isinstance(error, BrokenProcessPool):
             raise InputError("a worker was killed, most likely for lack of memory. Lower --workers and run the same "
@@ -199,7 +199,7 @@ def process(todo: list[Case], settings: dict, out: Path, workers: int, manifest:
 
 
 def submit(pool, *arguments):
-    """A worker that starts here is deaf to signals from its first moment, not only once it has imported everything."""
+    """Submit a case; a worker started by this ignores signals from the beginning, not only after its imports."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return pool.submit(process_case, *arguments)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -210,7 +210,7 @@ def submit(pool, *arguments):
 
 
 def stop(pool, out: Path):
-    """End the workers where they are, and remove what they were writing."""
+    """Kill the workers, and remove the files that they were writing."""
     workers = active_children()
     pool.shutdown(wait=False, cancel_futures=True)
     for worker in workers:

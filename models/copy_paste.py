@@ -1,5 +1,5 @@
-"""The tumour of one patient in the brain of another: CarveMix (Zhang et al., arXiv:2108.06883) and TumorCP (Yang et al.
-2021) learn from few cases that way. The mask of the tumour is cut out and pasted as it is, nothing is blended."""
+"""The tumour of one patient pasted into the brain of another, as in CarveMix (Zhang et al., arXiv:2108.06883) and in
+TumorCP (Yang et al. 2021), for few cases. The tumour is cut out by its mask and pasted as it is; nothing is blended."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ TRIES = 10  # places
 def paste_tumours(
     images: list[Tensor], labels: list[Tensor], cases: Sequence, probability: float, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Images [4, D, H, W] and labels [1, D, H, W], some of them, with this probability, with the tumour of a random one
-    of `cases` (image and label by index) pasted in; these are copies."""
+    """Images [4, D, H, W] and labels [1, D, H, W]; with this probability each is a copy into which the tumour of a
+    random one of `cases` (image and label by index) has been pasted."""
     pasted = []
     for image, label in zip(images, labels, strict=True):
         if torch.rand((), generator=generator) < probability:
@@ -28,8 +28,8 @@ def paste_tumours(
 def paste_tumour(
     image: Tensor, label: Tensor, donor_image: Tensor, donor_label: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A case with the tumour of a donor, mirrored at random: where the donor has it, if that is within the brain, else
-    at a random place that is. The case itself where the donor has no tumour or none of TRIES places will do."""
+    """A case with the tumour of a donor, mirrored at random: at the donor's place if that is within the brain, else at
+    a random place that is. The case itself if the donor has no tumour or none of TRIES places is suitable."""
     box = _bounding_box(donor_label[0])
     if box is None or any(high - low > side for (low, high), side in zip(box, label.shape[1:], strict=True)):
         return image, label

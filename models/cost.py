@@ -23,7 +23,7 @@ RAISED = {"layer_norm", "softmax"}
 
 
 def of_training(model, shape, amp_dtype: torch.dtype | None) -> dict:
-    """What a training says before it begins, and records: parameters, GMAC per volume, peak GiB of a training step."""
+    """What a training prints and records before it begins: parameters, GMAC per volume, peak GiB of a training step."""
     return {
         "parameters": parameter_count(model),
         "gmac": forward_macs(model, (1, *shape[1:])) / 1e9,

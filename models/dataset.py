@@ -32,14 +32,14 @@ PREFETCH = 2  # batches that each worker reads ahead
 
 
 def input_size(data: Path, split: dict[str, list[str]], patch: int | None = None) -> list[int]:
-    """The size [D, H, W] (voxels) of what a network is trained on: the one that all cases of a split share or, with
-    `patch`, that of the cubes that are cut from them.
+    """The size [D, H, W] in voxels of what a network is trained on: the one that all cases of a split share or, with
+    `patch`, that of the cubes cut from them.
 
     InputError for a case that is missing, damaged or without label, for cases of several sizes without `patch`, and for
-    a patch that is larger than any of them.
+    a patch that is larger than every case.
     """
     if patch is None and preprocessing_of_cases(data)["size"] is None:
-        raise InputError(f"{data}: its cases keep their own sizes (--size native). Say --patch, such as --patch 128.")
+        raise InputError(f"{data}: its cases keep their own sizes (--size native). Give --patch, such as --patch 128.")
     sizes = {}
     for name in split["train"] + split["validation"] + split["test"]:
         path = data / f"{name}.pt"
@@ -63,8 +63,8 @@ def input_size(data: Path, split: dict[str, list[str]], patch: int | None = None
 
 
 def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, list[str]]:
-    """Case names of `train`, `validation` and `test` of a preprocessed folder; with `fold`, those of that fold, or of
-    "all": everything that is not for testing, both to train and to validate on."""
+    """Case names of `train`, `validation` and `test` of a preprocessed folder; with `fold`, those of that fold; for the
+    fold "all", everything that is not for testing, both to train and to validate on."""
     path = Path(data) / "splits.json"
     if not path.is_file():
         if Path(data, "manifest.json").is_file():
@@ -87,8 +87,8 @@ def read_split(data: str | Path, fold: int | str | None = None) -> dict[str, lis
 
 
 def refuse_leaks(data: str | Path, split: dict[str, list[str]]):
-    """InputError where a patient of the test is trained or validated on, under whatever name; a warning where one is in
-    training and validation both. preprocess_brats.py makes no such splits, but they can be edited."""
+    """InputError where a test patient is also trained or validated on, under whatever name; a warning where one is in
+    both training and validation. preprocess_brats.py makes no such splits, but they can be edited."""
     known = read_manifest(data)["cases"]
     join_patients(known)
     patients = {part: {known.get(name, {}).get("patient", patient_of(name)): name for name in names}
@@ -101,7 +101,7 @@ def refuse_leaks(data: str | Path, split: dict[str, list[str]]):
                 f"{'are' if count > 1 else 'is'} in {other} as well, such as that of {patients[part][first]} and "
                 f"{patients[other][first]}")  # fmt: skip
         if part == "test":
-            raise InputError(f"{text}. The test would tell nothing. Run preprocess_brats.py again for a new split.")
+            raise InputError(f"{text}. The scores would mean nothing. Run preprocess_brats.py again for a new split.")
         warnings.warn(InputWarning(text, "the best epoch is chosen by cases that it was trained on"), stacklevel=2)
 
 
@@ -117,8 +117,8 @@ def manifest_checksum(data: str | Path) -> str:
 
 
 def preprocessing_of_cases(data: str | Path) -> dict:
-    """How the cases of a data set were made, as `preprocessing.to_network` takes it: size (of the cube in voxels, None
-    for the crop as it is), spacing_mm, normalize."""
+    """How the cases of a data set were made, as arguments of `preprocessing.to_network`: size (of the cube in voxels,
+    None for the crop as it is), spacing_mm, normalize."""
     settings = {"normalize": "percentile"} | read_manifest(data)["settings"]
     return {key: settings[key] for key in ("size", "spacing_mm", "normalize")}
 
@@ -177,8 +177,8 @@ def choose_cache(choice: str, case_bytes: list[int], pinned: bool, device: torch
 
 
 def choose_workers(wanted: int, batch_bytes: int) -> int:
-    """As many workers as the shared memory has space for what they read ahead and the batch in use: one too many, and
-    they die of a bus error."""
+    """The number of workers for which the shared memory holds what they read ahead and the batch in use, `wanted` at
+    most: with one too many, they die of a bus error."""
     if not SHARED_MEMORY.exists():
         return wanted
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -194,9 +194,9 @@ def choose_workers(wanted: int, batch_bytes: int) -> int:
 
 
 class Cases(Dataset):
-    """Labelled cases: image [4, D, H, W] as stored and label uint8 [1, D, H, W], by index; by (index, box), what of
-    them lies in the box, [low, high) along each axis. `cache` says where they are kept: "device", "ram" (pinned with
-    `pin`, if the device is a GPU) or "disk", where they are read each time, and of a box nothing but that."""
+    """Labelled cases: image [4, D, H, W] as stored and label uint8 [1, D, H, W], by index; by (index, box), the part of
+    them in the box, [low, high) along each axis. `cache` says where they are kept: "device", "ram" (pinned with `pin`,
+    if the device is a GPU) or "disk", from which they, or nothing but the box, are read each time."""
 
     def __init__(self, data: str | Path, names: list[str], cache: str, device: torch.device, pin: bool = True):
         self.paths = [Path(data) / f"{name}.pt" for name in names]
@@ -232,7 +232,7 @@ class Cases(Dataset):
         return (self.kept[index] if self.kept else self._mapped(index))[1]
 
     def _mapped(self, index: int, checked: bool = False):
-        """Image and label of a file: what is not touched is not read, unless it is `checked`."""
+        """Image and label of a file, mapped into memory: only what is used is read, unless all is to be `checked`."""
         case = load_case(self.paths[index], as_stored=True, checked=checked)
         if "label" not in case:
             raise InputError(f"{self.paths[index]}: has no label, so it cannot be trained on or scored.")
@@ -240,13 +240,13 @@ class Cases(Dataset):
 
 
 def _copies(image, label):
-    """They read the file now; a label takes 2 MB as uint8 and 16 MB as int64."""
+    """Copies, for which the file is read now; a label takes 2 MB as uint8 and 16 MB as int64."""
     return image.clone(), label.to(torch.uint8, copy=True)
 
 
 def epoch_order(count: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """The shuffled case indices that one process trains on in one epoch. Every process gets as many, one at least (the
-    first cases come again where it does not divide), or the others would wait for it for ever."""
+    """The shuffled case indices that one process trains on in one epoch. All processes get equally many, at least one
+    (the first cases are repeated where the number does not divide), because they wait for one another."""
     order = list(range(count))
     random.Random(f"{seed}-{epoch}").shuffle(order)
     share = -(-count // world_size)
@@ -254,8 +254,8 @@ def epoch_order(count: int, seed: int, epoch: int, rank: int = 0, world_size: in
 
 
 def batches(cases: Cases, order: list, batch_size: int, device: torch.device, workers: int):
-    """Yield (B images, B labels, seconds waited): what `cases` has for the keys in `order`, on `device`, in lists
-    rather than stacked, because whoever makes the batch of them converts their type, too, and copies them only once.
+    """Yield (B images, B labels, seconds waited): what `cases` has for the keys in `order`, on `device`. They are in
+    lists rather than stacked, so that they are copied only once, when their type is converted as well.
 
     Workers read the next batches, and a GPU copies from pinned memory, while the device still computes on this one.
     """
@@ -285,13 +285,13 @@ def _leave_signals_to_the_main_process(worker: int):
 
 
 def _next_batch(iterator) -> list | None:
-    """None after the last one. What ends a worker is told in one line."""
+    """The next batch; None after the last one. InputError, in one line, for what ended a worker."""
     try:
         return next(iterator, None)
-    except InputError as error:  # of a worker: its traceback and, in the last line, what it says
+    except InputError as error:  # of a worker: its traceback and, in the last line, the message
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("models.errors.InputError: ")) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError("a process that reads the cases was killed, most likely for lack of memory. Lower --workers, "
-                         "and go on with --resume if an epoch is done.") from None  # fmt: skip
+                         "and go on with --resume if there is a last.pt.") from None  # fmt: skip

@@ -25,8 +25,8 @@ DTYPES = {
     "float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
 }  # fmt: skip
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-# How long a process waits for another. One can be that much slower where it reads its cases into memory from a slower
-# disk, or compiles. It is for those that hang: where one ends, torchrun ends the others at once.
+# How long a process waits for another that hangs (if one ends, torchrun ends the others at once). One can be minutes
+# slower where it reads its cases from a slower disk, or compiles.
 PATIENCE = timedelta(minutes=10)
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Instruction sets that multiply bfloat16, in the names of ONEDNN_MAX_CPU_ISA, which can forbid the newer ones.
@@ -47,8 +47,8 @@ def choose_device(wanted: str) -> torch.device:
 def keep_freed_memory(keep: bool = True):
     """Have the C library keep the memory of freed tensors for the next ones, or not (glibc; elsewhere nothing happens).
 
-    By default it gives every large block back to the system at once, and each page of the next one has to be mapped and
-    cleared again: a fifth of the time of a pass of Swin UNETR on a CPU.
+    By default it returns every large block to the system at once, and each page of the next one has to be mapped and
+    cleared again: a fifth of the time of a forward pass of Swin UNETR on a CPU.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -91,8 +91,8 @@ def instruction_set() -> str:
 
 
 def native_dtypes(device: torch.device) -> set[torch.dtype]:
-    """The types that the device multiplies in hardware. The others run too, but are emulated: on a processor with AVX2
-    alone a product in bf16 takes hundreds of times as long as in float32."""
+    """The types that the device multiplies in hardware. Others are emulated: on a processor with AVX2 alone a product
+    in bf16 takes hundreds of times as long as in float32."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
         return {torch.float32, torch.float16} | ({torch.bfloat16} if has_bf16 else set())
@@ -111,9 +111,9 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def resolve_amp(choice: str, device: torch.device) -> str:
-    """--amp without "auto": bf16 where a GPU multiplies in it, else fp16 on CUDA, and off on a CPU.
+    """--amp without "auto": on CUDA bf16 if the GPU multiplies it, else fp16; on a CPU off.
 
-    A type that the device only emulates is taken where it is asked for by name, with a warning that says what it costs.
+    A type that the device only emulates is used if it is asked for by name, with a warning of how slow it is.
     """
     if choice == "auto":
         if device.type != "cuda":
@@ -167,13 +167,13 @@ def float32_multiplication(tf32: bool):
 
 
 def join_processes(device: torch.device, backend: str | None = None, patience: timedelta = PATIENCE) -> torch.device:
-    """Join the other processes, where torchrun started several, each with a GPU of its own; returns the device of this
-    one. What is printed from then on is printed by the first process. InputError where there are too few GPUs.
+    """Join the other processes if torchrun started several, each with its own GPU; returns the device of this one. From
+    then on only the first process prints to stdout. InputError if there are too few GPUs.
 
     Args:
-        backend: what carries messages: by default NCCL those between GPUs and gloo those of CPU tensors, which need not
-            wait for a GPU.
-        patience: after so long a message that does not come is an error.
+        backend: what carries messages: by default NCCL between GPUs, and gloo for CPU tensors, which then need not wait
+            for a GPU.
+        patience: how long to wait for a message before its absence is an error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -202,9 +202,9 @@ def world_size() -> int:
 
 
 def decided_once(decide: Callable):
-    """What `decide()` returns in the first process, in all of them: each has its own clock and its own free memory, and
-    what all of them have to agree upon must not depend on either. An InputError is raised in all of them, or the others
-    would wait for the first."""
+    """The result of `decide()` in the first process, in all processes: each has its own clock and free memory, on which
+    a common decision must not depend. An InputError is raised in all of them, or the others would wait for the
+    first."""
     decision = [None]
     if rank() == 0:
         try:
@@ -220,7 +220,7 @@ def decided_once(decide: Callable):
 
 @contextmanager
 def first_process_first():
-    """The first process goes ahead: what it leaves in files, such as a measurement, the others find."""
+    """The first process goes ahead, so that the others find what it leaves in files, such as a measurement."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -229,7 +229,7 @@ def first_process_first():
 
 
 def collected(item) -> list:
-    """In the first process, what each of them passes, by rank; in the others nothing."""
+    """In the first process, the items that all processes pass, by rank; in the others an empty list."""
     if world_size() == 1:
         return [item]
     collection = [None] * world_size() if rank() == 0 else None
@@ -238,7 +238,7 @@ def collected(item) -> list:
 
 
 def torchrun_id() -> str | None:
-    """What the processes that one call of torchrun starts have in common, also those that it starts again."""
+    """An identity that all processes started by one call of torchrun share, also those that it starts again."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     identity = f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {platform.node()}"
@@ -246,7 +246,7 @@ def torchrun_id() -> str | None:
 
 
 def processes_here() -> int:
-    """How many of the processes run on this machine, as torchrun says."""
+    """How many of the processes run on this machine, according to torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -259,7 +259,7 @@ def synchronise(device: torch.device):
 
 
 def reset_peak_memory(device: torch.device):
-    """Forget the peak so far, such as that of a compiler; on a CPU only Linux can."""
+    """Forget the peak so far, such as that of a compiler; on a CPU possible on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():

@@ -1,20 +1,21 @@
-"""What goes wrong by something that the person at the terminal can mend."""
+"""Errors and warnings about what the person at the terminal can fix."""
 
 
 class InputError(ValueError):
-    """One line that names the file or flag and the remedy; a script ends with it and exit status 2, no traceback."""
+    """One line that names the file or flag and the remedy; a script prints it and ends with exit status 2."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a script: Interrupted(its number, what is kept and how to go on, "" to say nothing)."""
+    """A signal ended a script: Interrupted(number, text), where the text says what is kept and how to go on; "" is not
+    printed."""
 
 
 class OutputError(InputError):
-    """A file cannot be written, as on a full disk: there is no use in going on with the next case."""
+    """A file cannot be written, as on a full disk: the next case would fail as well."""
 
 
 class InputWarning(UserWarning):
-    """What is doubtful about an input that is used all the same: InputWarning(what, text). The scripts show it in one
+    """Something doubtful about an input that is used nevertheless: InputWarning(what, text). The scripts show it in one
     line; preprocessing keeps it in warnings.csv."""
 
     def __str__(self):

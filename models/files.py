@@ -16,33 +16,33 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 @contextmanager
 def whole_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write and read that is called `path` once it is whole, and has a temporary name beside it until then:
-    whatever kills the process leaves the old file or the new one. So does a power failure, if it is `durable`: that
-    waits for the disk, seconds where it is busy. Raises OutputError where it cannot be written."""
+    """A file to write and read that gets the name `path` once it is whole, and has a temporary name beside it until
+    then: whatever kills the process leaves the old file or the new one. With `durable` so does a power failure, at the
+    cost of waiting for the disk, seconds if it is busy. Raises OutputError if the file cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
             yield file
-            if durable:  # before it gets the name, or that could be left with nothing behind it
+            if durable:  # before the renaming, or the name could be left without its content
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
             _write_names(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch raises a RuntimeError of its own while it handles that of a full disk.
+        # torch raises a RuntimeError of its own while it handles the OSError of a full disk.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OutputError(f"{path}: cannot be written ({cause.strerror}). What was whole before still is.") from None
+        raise OutputError(f"{path}: cannot be written ({cause.strerror}). Files written before are whole.") from None
     finally:
-        with suppress(OSError):  # of a disk that cannot be written to any more
+        with suppress(OSError):  # a disk may have become read-only
             temporary.unlink()
 
 
 def _write_names(folder: Path):
-    """Have the names of its files on the disk, too."""
+    """Wait until the names of the files in a folder are on the disk as well."""
     if os.name == "nt":  # cannot open a folder
         return
     opened = os.open(folder, os.O_RDONLY)
@@ -53,7 +53,7 @@ def _write_names(folder: Path):
 
 
 def remove_temporaries(folder: Path, pattern: str = "*"):
-    """What killed processes were writing there under `whole_file`; nobody may be writing now."""
+    """Remove what killed processes were writing there with `whole_file`; nobody may be writing now."""
     for temporary in folder.glob(f".{pattern}.tmp"):
         temporary.unlink(missing_ok=True)
 
@@ -67,8 +67,8 @@ def write_atomically(path: str | Path, data: bytes | memoryview | str | Iterable
 
 
 def make_writable(folder: Path):
-    """Make a folder, and see that files can be written there: before the work starts, not after it. InputError where
-    they cannot."""
+    """Make a folder and make sure that files can be written there, before the work starts. InputError if they
+    cannot."""
     trial = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,7 @@ def make_writable(folder: Path):
 
 
 def write_csv(path: Path, rows: list[dict]):
+    """Write rows, at least one, under the keys of the first; numbers with a fraction get six digits."""
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -89,7 +90,7 @@ def write_csv(path: Path, rows: list[dict]):
 
 
 def portable(path: Path) -> str:
-    """A path below the repository as it is called from there, so that a record can move with it; another in full."""
+    """A path below the repository relative to it, so that a record can move with it; any other path in full."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 

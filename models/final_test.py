@@ -1,4 +1,4 @@
-"""After the last epoch: the best checkpoint is scored on the test cases, and the script says what there is."""
+"""After the last epoch: the best checkpoint is scored on the test cases, and the results are reported."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from models.training import Settings, logits_of_cases, validate
 
 def test(model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device) -> dict:
     """Score the best checkpoint on the test cases: test_results.csv (a row per case, then their mean) and
-    test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target; nothing, and writes
-    nothing, where the split has no test cases."""
+    test_prediction_overlay.png (the case of median Dice). Returns the mean Dice of each target; if the split has no
+    test cases, returns an empty dict and writes nothing."""
     if not split["test"]:
         return {}
     checkpoint = runs.load_checkpoint(folder / "best.pt")

@@ -1,5 +1,5 @@
-"""Signals that end a script before its time: Ctrl-C, SIGTERM (Slurm, torchrun, a computer that shuts down) and SIGUSR1,
-with which Slurm warns of the end where it is asked to (`sbatch --signal=USR1@60`)."""
+"""Signals that end a script early: Ctrl-C, SIGTERM (Slurm, torchrun, a computer that shuts down) and SIGUSR1, with
+which Slurm warns of the end of a job if it is asked to (`sbatch --signal=USR1@60`)."""
 
 import signal
 import time
@@ -10,11 +10,11 @@ from models.errors import Interrupted
 
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-PATIENCE_S = 10.0  # after the first Ctrl-C, another one ends what still has not stopped
+PATIENCE_S = 10.0  # after the first signal, Ctrl-C ends a process that has not stopped by then
 
 
 def raise_on_signals(once: bool = False):
-    """All of them raise Interrupted, with `once` only the first: no other may end the cleaning up half-way."""
+    """Let all of them raise Interrupted; with `once` only the first, so that no other interrupts the cleaning up."""
 
     def interrupt(number, frame):
         if once:
@@ -32,9 +32,9 @@ def ignore_signals():
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within, signals raise nothing but are added to a list, for whoever finishes a step first and then looks.
+    """Within, signals raise nothing but are added to a list, which is to be looked at after each step.
 
-    A second one changes nothing: torchrun passes on the Ctrl-C that its processes have had already.
+    A second signal changes nothing: torchrun passes on a Ctrl-C that its processes have already received.
     """
     received, first = [], None
 

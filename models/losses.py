@@ -22,7 +22,7 @@ def make_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     hide the others. Of regions: Dice plus binary cross-entropy of each, both as means.
     """
     of_labels = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
-    if torch.are_deterministic_algorithms_enabled():  # the cross-entropy of class indices has none on CUDA
+    if torch.are_deterministic_algorithms_enabled():  # cross-entropy of class indices is not, on CUDA
         of_one_hot = DiceCELoss(include_background=False, softmax=True)
 
         def of_labels(logits, label):
@@ -64,7 +64,7 @@ def region_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def logits_from_frequencies(frequencies: torch.Tensor, channels: int) -> torch.Tensor:
-    """The logits [channels] of a network whose probabilities are the frequencies [4] of the classes everywhere."""
+    """The logits [channels] with which a network predicts the frequencies [4] of the classes in every voxel."""
     return frequencies.log() if channels == len(frequencies) else region_probabilities(frequencies).logit()
 
 

@@ -1,4 +1,4 @@
-"""What a folder of preprocessed cases says of itself: manifest.json, splits.json, failures.csv and warnings.csv.
+"""The tables of a folder of preprocessed cases: manifest.json, splits.json, failures.csv and warnings.csv.
 
 One process writes them, or several that share a cohort: each keeps a `manifest-shard-I-of-N.json` of its own, and the
 last one to finish merges these. Nothing here imports torch: a run that finds everything done need not wait for it.
@@ -27,7 +27,7 @@ def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int]
     """What is known of the cases in `out` that were made with the settings of `run`: those of `names` for a shard.
 
     Args:
-        run: everything that all shards have to agree upon; its "settings" are what decides a tensor's content.
+        run: everything that all shards have to agree on; its "settings" decide the content of the tensors.
         shard: (index, count), or None.
 
     Raises InputError where another shard was started with other flags. Changes nothing in `out`.
@@ -49,9 +49,9 @@ def open_manifest(out: Path, run: dict, names: list[str], shard: tuple[int, int]
 
 
 def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
-    """Before the first tensor is written: forget what other settings have made, and show the other shards this one.
+    """Before the first tensor is written: discard what was made with other settings, and register this shard.
 
-    Without splits.json nobody trains on a mixture of old and new tensors, however this run ends.
+    Without splits.json nobody can train on a mixture of old and new tensors, however this run ends.
     """
     if not shard:
         remove_temporaries(out)  # of shards, another one may be writing
@@ -59,7 +59,7 @@ def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
     if not whole or whole["settings"] != run["settings"]:
         if whole:
             print(f"{out} was made with other settings ({_changes(whole['settings'], run['settings'], 'now')}): every "
-                  "case is made again.")  # fmt: skip
+                  "case is preprocessed again.")  # fmt: skip
         (out / "splits.json").unlink(missing_ok=True)
         manifest_path(out).unlink(missing_ok=True)
     for path in _shard_paths(out):
@@ -69,7 +69,7 @@ def claim(out: Path, run: dict, manifest: dict, shard: tuple[int, int] | None):
     if shard:
         write_manifest(manifest_path(out, shard), manifest)
         try:
-            _refuse_other_flags(out, run, shard)  # again: of two that start at once, one sees the other's file now
+            _refuse_other_flags(out, run, shard)  # again: of two that started at once, one sees the other's file now
         except InputError:
             manifest_path(out, shard).unlink()
             raise
@@ -123,7 +123,7 @@ def finish(
     warnings += [(name, about, text) for name, entry in manifest["cases"].items()
                  for text, about in entry.get("warnings", {}).items()]  # fmt: skip
     write_manifest(manifest_path(out), manifest)
-    tell_warnings(out / "warnings.csv", warnings)
+    write_warnings(out / "warnings.csv", warnings)
     failures_csv = out / "failures.csv"
     if failures:
         table = io.StringIO()
@@ -146,9 +146,9 @@ def finish(
 
 
 def join_patients(cases: dict[str, dict]) -> list[tuple[str, str, str]]:
-    """Make the "patient" of every case that of its name, and one patient of those who share scans under two names.
-    Returns (case, the other case, what that means) of the latter."""
-    first, same, rows = {}, {}, []  # fingerprint -> case; patient -> who he is
+    """Set the "patient" of every case from its name, and merge those whose cases have the same scans under two names.
+    Returns (case, the other case, what that means) for each such pair."""
+    first, same, rows = {}, {}, []  # fingerprint -> case; patient -> the same patient's other name
     for name, entry in sorted(cases.items()):
         entry["patient"] = _representative(same, patient_of(name))
         mark = entry.get("fingerprint")  # older manifests have none
@@ -167,7 +167,7 @@ def _representative(same: dict[str, str], patient: str) -> str:
     return patient
 
 
-def tell_warnings(path: Path, rows: list[tuple[str, str, str]]):
+def write_warnings(path: Path, rows: list[tuple[str, str, str]]):
     """Write warnings.csv, a row per case and warning, and print a line per kind of warning; no warning, no file."""
     if not rows:
         path.unlink(missing_ok=True)
@@ -182,8 +182,8 @@ def tell_warnings(path: Path, rows: list[tuple[str, str, str]]):
 
 
 def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: float = 0.1) -> dict:
-    """A share of the patients to test (0: none), a tenth to validate, the others to train, and cross-validation folds
-    over train + validation.
+    """A share of the patients to test on (0: none), a tenth to validate on, the others to train on, and
+    cross-validation folds over train + validation.
 
     Args:
         patients: case name -> patient; two visits of a patient never cross a split.
@@ -198,8 +198,8 @@ def make_splits(patients: dict[str, str], seed: int, folds: int, test_share: flo
     tested = max(1, round(test_share * len(order))) if test_share else 0
     validated = max(1, round(0.1 * len(order)))
     if tested + validated >= len(order):
-        raise InputError(f"too few cases to split: of {len(order)} labelled patients, {tested} to test and {validated} "
-                         "to validate leave nobody to train on.")  # fmt: skip
+        raise InputError(f"too few cases to split: of {len(order)} labelled patients, {tested} for testing and "
+                         f"{validated} for validation leave nobody to train on.")  # fmt: skip
 
     def cases(of_patients):
         return sorted(case for patient in of_patients for case in cases_of[patient])
@@ -231,10 +231,10 @@ def _read(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except InputError:
-        print(f"{path} cannot be read: its cases are made again.")
+        print(f"{path} cannot be read: its cases are preprocessed again.")
         return None
     settings = manifest.get("settings") or manifest["run"]["settings"]
-    settings.setdefault("normalize", "percentile")  # as all was made before there was a choice
+    settings.setdefault("normalize", "percentile")  # the only choice there was before
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Memory that is still free. Without torch, for those who must not wait for it."""
+"""Free memory, found without torch, so that nobody has to wait for its import."""
 
 import math
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 
 def free_ram_bytes(root: Path = Path("/")) -> float:
     """Memory that this process can still take: what the system has available or what its cgroup (version 1 or 2), or
-    one around it, still allows, whichever is less. A container limits its memory by a cgroup and shows the whole
-    machine's. nan where the system does not say."""
+    one around it, still allows, whichever is less. A container limits its memory by a cgroup, but shows that of the
+    whole machine. nan if the system does not say."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return math.nan

@@ -1,8 +1,8 @@
 """Scores of label maps.
 
-`score_case` has everything that is reported of a case, on arrays in millimetres. The training needs Dice alone, on the
-device that it runs on: one confusion matrix of tensors holds all of it. Nothing here imports torch, so that the
-processes that score cases start fast.
+`score_case` computes everything that is reported of a case, on arrays in millimetres. Training needs Dice alone, on its
+own device: one confusion matrix of tensors holds all of it. Nothing here imports torch, so that the processes that
+score cases start fast.
 """
 
 import math
@@ -84,7 +84,7 @@ def _score_target(predicted: np.ndarray, true: np.ndarray, spacing_mm, is_region
 
 
 def _box_with_surroundings(volume: np.ndarray) -> tuple[slice, ...]:
-    """What holds every voxel of [X, Y, Z] that is not zero, and the lesions' surroundings."""
+    """The box that holds every non-zero voxel of [X, Y, Z] and the surroundings of the lesions."""
     return tuple(slice(max(0, low - SURROUNDINGS_2023), high + SURROUNDINGS_2023) for low, high in occupied_box(volume))
 
 
@@ -121,10 +121,11 @@ def volumes_per_target(counts: "torch.Tensor") -> dict[str, tuple[int, int, int]
 
 
 def pooled_dice(counts: "torch.Tensor") -> dict[str, float]:
-    """Dice of the voxels of all cases together, from their confusion matrices [N, 4, 4]: what chooses the best
-    checkpoint. WT, TC, ET, NCR and ED are nan where no truth has any; "mean" is that over the labels that one has.
+    """Dice of the voxels of all cases together, from their confusion matrices [N, 4, 4], by which the best checkpoint
+    is chosen. WT, TC, ET, NCR and ED are nan if no truth has any; "mean" is over the labels that some truth has.
 
-    A rule for empty masks would choose instead: an epoch that predicts nothing has 1 for every label that a case lacks.
+    The mean over cases would depend on the rule for empty masks: predicting nothing gives 1 for a label that a case
+    lacks.
     """
     scores = {
         target: 2 * overlap / (predicted + true) if true else math.nan

@@ -25,10 +25,11 @@ from models.memory import free_ram_bytes
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what it prints of bad headers, InputError says
 
 GZIP = b"\x1f\x8b"  # how a gzip member begins
-HEADER_BYTES = 348
+HEADER_BYTES, HEADER_2_BYTES = 348, 540  # of NIfTI-1 and NIfTI-2, which begin with this number
 LARGEST_COMPRESSION = 1032  # of the gzip format: a file that promises more is not whole
 SAME_AFFINE = 1e-2  # mm that the elements of two affines may differ by: headers are rounded
-LARGEST_EXTENT_MM = 2000  # of a volume along an axis: larger than any scanner, and the grid of 1 mm fits into memory
+SMALLEST_VOXEL_MM = 0.2  # its longest side: no scanner makes heads of smaller ones, but centimetres taken for mm do
+LARGEST_EXTENT_MM = 700  # of a volume along an axis: a scanner sees 500, and at 1 mm more takes minutes and gigabytes
 
 # ---- grids ---------------------------------------------------------------------------------------------------------
 
@@ -56,8 +57,6 @@ def spacing_of(affine) -> list[float]:
 
 def onto_grid(voxels: np.ndarray, affine, shape, reference_affine) -> np.ndarray | None:
     """[X, Y, Z] in the axis order of another grid of the same places in space; None where the places are others."""
-    if voxels.ndim != 3:
-        return None
     if voxels.shape == shape and np.allclose(affine, reference_affine, atol=SAME_AFFINE):
         return voxels
     turn = io_orientation(np.linalg.solve(reference_affine, affine))
@@ -122,7 +121,7 @@ def _told_as_input_error(path: Path):
     except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged ({one_line(error)}). Download or copy it again.") from None
     except (ImageFileError, HeaderDataError, WrapStructError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)}).") from None
+        raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)}). Download or copy it again.") from None
     except MemoryError:
         raise InputError(f"{path}: there is too little memory for its voxels. Close other programs.") from None
     except OSError as error:
@@ -131,7 +130,12 @@ def _told_as_input_error(path: Path):
 
 def _read_header(stream, path: Path) -> nibabel.Nifti1Header:
     """The header, without the extensions that may follow it; refused where it promises what cannot be."""
-    header = nibabel.Nifti1Header(stream.read(HEADER_BYTES))
+    block, kind = stream.read(HEADER_BYTES), nibabel.Nifti1Header
+    if HEADER_2_BYTES in (int.from_bytes(block[:4], order) for order in ("little", "big")):
+        block, kind = block + stream.read(HEADER_2_BYTES - HEADER_BYTES), nibabel.Nifti2Header
+    if len(block) < kind.sizeof_hdr:
+        raise ValueError(f"it ends within its header, after {len(block)} bytes")
+    header = kind(block)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if header["magic"].item() != header.single_magic:
         raise ValueError("its voxels are in another file, .img: convert the pair to a .nii file")
@@ -183,13 +187,13 @@ def _whole_members(path: Path) -> io.BytesIO:
 def _checked_affine(path: Path, header) -> np.ndarray:
     """Voxel to mm [4, 4]; refused where it cannot be that of a head. A header says it twice, or not at all."""
     affine = header.get_best_affine()
-    if not (abs(np.linalg.det(affine[:3, :3])) >= 1e-6 and np.isfinite(affine).all()):
-        raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
     sizes = np.linalg.norm(affine[:3, :3], axis=0)  # mm
+    if not (abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(sizes) and np.isfinite(affine).all()):
+        raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
     extent = max(size * count for size, count in zip(sizes, header.get_data_shape(), strict=False))
-    if extent > LARGEST_EXTENT_MM:
+    if sizes.max() < SMALLEST_VOXEL_MM or extent > LARGEST_EXTENT_MM:
         raise InputError(f"{path}: says that its voxels are {' x '.join(f'{size:.4g}' for size in sizes)} mm large, "
-                         f"{extent / 1e3:.3g} m in all. Repair the header, or its units.")  # fmt: skip
+                         f"{extent:.4g} mm in all, which is no head. Repair the header, or its units.")  # fmt: skip
     sform = header.get_sform(coded=True)[0]
     try:
         qform = header.get_qform(coded=True)[0]
@@ -208,6 +212,8 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Raw label values, uint8 or int16 [X, Y, Z], and the affine of a segmentation. Scaled files hold values such as
     1.0000153: what is within 1e-3 of a whole number is rounded, anything else is refused."""
     voxels, affine = read_nifti(path)
+    if voxels.ndim != 3:
+        raise InputError(f"{path}: shape {voxels.shape}, expected three dimensions [X, Y, Z], a label in each voxel.")
     if voxels.dtype in (np.uint8, np.int16):
         return voxels, affine
     with np.errstate(invalid="ignore"):  # NaN, and numbers that int16 cannot hold, differ from what they become

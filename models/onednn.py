@@ -1,9 +1,9 @@
-"""3-D convolutions on a CPU, where what torch does with small volumes is slow or wrong.
+"""3-D convolutions on a CPU, where torch is slow or wrong for small volumes.
 
 Slow: torch sends a float32 convolution of one volume with channels x depth x height up to 20,480 to a fallback that is
 up to forty times slower (`aten::slow_conv3d`), so a U-Net takes as long at 64^3 as at 96^3. A tensor in oneDNN's own
-format is always convolved by oneDNN, and the conversions there and back cost little. The results are the same within
-float32 rounding. An exported network holds torch's operators: others have to run it.
+format is always convolved by oneDNN, and the conversions cost little. The results are the same within float32 rounding.
+An exported network contains torch's own operators, because other programs have to run it.
 
 Wrong: in bfloat16 the gradient for the weights of a 3x3x3 convolution on a volume of depth 2 is read from memory that
 nothing has written (torch 2.13.0). A U-Net at 32^3 and Swin UNETR at 64^3 have such a level; it is computed in float32.
@@ -18,7 +18,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile c
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """The same network, its weights untouched: each plain 3-D convolution in it takes the better way on a CPU."""
+    """The same network, its weights untouched, with our Conv3d and ConvTranspose3d in place of torch's."""
     for module in model.modules():
         if type(module) is nn.Conv3d:
             module.__class__ = Conv3d

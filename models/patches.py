@@ -1,6 +1,6 @@
 """Patches: the cubes that a training cuts from cases that are larger, or that differ in size.
 
-Where a patch is cut follows from a seed alone, so a resumed epoch repeats it; of a case on disk no more is read.
+Where a patch is cut follows from a seed alone, so a resumed epoch repeats it. No more of a case on disk is read.
 """
 
 import random
@@ -18,9 +18,9 @@ def tumour_voxels(label: torch.Tensor) -> torch.Tensor:
 
 
 def random_box(shape: torch.Size, tumour: torch.Tensor, side: int, generator: random.Random) -> list[tuple[int, int]]:
-    """[low, high) along each axis of a cube within a case [D, H, W]: anywhere, or, if the case has tumour voxels [N, 3]
-    and as often as TUMOUR_SHARE, with one of them in its middle, or as near to that as the border allows. Along an axis
-    where the case is smaller, it lies in the middle of the cube."""
+    """[low, high) along each axis of a random cube in a case [D, H, W]. If the case has tumour voxels [N, 3], one of
+    them is at the centre of a TUMOUR_SHARE of the cubes, or as near to it as the border allows. Along an axis on which
+    the case is smaller than the cube, it lies in the middle of it."""
     middle = None
     if generator.random() < TUMOUR_SHARE and len(tumour):
         middle = tumour[generator.randrange(len(tumour))].tolist()
@@ -38,7 +38,7 @@ def random_box(shape: torch.Size, tumour: torch.Tensor, side: int, generator: ra
 
 
 def cut_patches(order: list[int], outlines: list[tuple], side: int, seed: str) -> list[tuple[int, list]]:
-    """The cases of an epoch in this order as (index, box), a patch of each; `outlines` as dataset.Cases has them."""
+    """A patch of each case of an epoch, as (index, box) in the order given; `outlines` as dataset.Cases has them."""
     generator = random.Random(seed)
     return [(index, random_box(*outlines[index], side, generator)) for index in order]
 

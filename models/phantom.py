@@ -73,7 +73,7 @@ def make_case(seed: int, index: int, spacing_mm: float = 1.0):
     vessels = _ramp(_noise(rng, axes, 9) - 2.1, 0.15) * tissue["csf"] * tissue["brain"]
     for modality, signal in SIGNAL.items():
         scale = float(np.exp(rng.uniform(np.log(600), np.log(6000))))
-        picture = render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain)
+        picture = render(rng, axes, signal, scale, tissue, tumour, vessels, grain)
         volume = np.zeros(shape, np.int16)
         volume[box] = picture
         volumes[modality] = np.ascontiguousarray(volume[::-1, ::-1])  # RAS -> LPS
@@ -193,8 +193,8 @@ def _around_largest_part(mask):
 # ---- intensities ---------------------------------------------------------------------------------------------------
 
 
-def render(rng, axes, modality, signal, scale, tissue, tumour, vessels, grain) -> np.ndarray:
-    """One modality as int16 [D, H, W]: tissue signal, bias field, Rician noise, stripped outside the brain."""
+def render(rng, axes, signal, scale, tissue, tumour, vessels, grain) -> np.ndarray:
+    """One modality as int16 [D, H, W]: the `signal` of each tissue, bias field, Rician noise; 0 outside the brain."""
     picture = sum(signal[name] * tissue[name] for name in ("white", "grey", "csf"))
     picture += vessels * (signal["vessel"] - picture)
     texture = 1 + 0.10 * _noise(rng, axes, 7)

@@ -1,4 +1,4 @@
-"""The drawing rules that all pictures and the viewer share, and the figures of a training and of a case. Knows arrays,
+"""The drawing rules shared by all pictures and the viewer, and the figures of a training and of a case. Knows arrays,
 not files.
 
 Volumes come in RAS axes ([..., D, H, W]: index grows to the patient's right, to anterior, to superior) and are shown
@@ -18,7 +18,7 @@ from models.brats import LABEL_NAMES, LABELS, MODALITIES
 from models.files import write_atomically
 from models.labels import occupied_box
 
-# Label colours are told apart by people who see red and green alike (Okabe & Ito): vermilion, sky blue, yellow.
+# Okabe & Ito's vermilion, sky blue and yellow, which colour-blind people can distinguish.
 LABEL_COLORS = {1: (0.84, 0.37, 0.00), 2: (0.34, 0.71, 0.91), 3: (0.94, 0.89, 0.26)}
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the array axis that a plane's slices run along
 CONVENTION = "radiological convention: the patient's right is on the left"
@@ -130,7 +130,7 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
 
 
 def save_figure(figure, path, rect=(0, 0, 1, 1)):
-    """As PNG; `rect` (left, bottom, right, top, of 1) is what the axes may fill. A reader never sees half a picture."""
+    """Write a PNG, whole or not at all; `rect` (left, bottom, right, top, from 0 to 1) is what the axes may fill."""
     figure.tight_layout(rect=rect)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")

@@ -3,7 +3,7 @@
 Three grids, all with RAS axes but the first:
   native     the original file: its own axis order and spacing
   resampled  the same head at an isotropic spacing; a file that has that spacing already is not touched
-  network    the foreground of it, cropped and resized to a cube
+  network    its foreground, cropped and resized to a cube (or not resized)
 
 From one grid to the next, each axis is scaled about the voxel edges (the convention of
 `torch.nn.functional.interpolate(align_corners=False)`), so the way back is one scaling per axis too.
@@ -35,6 +35,7 @@ def to_network(
     spacing_mm: float = 1.0,
     normalize: str = "percentile",
     crop: bool = True,
+    label_name: str = "segmentation",
 ) -> dict:
     """A case of native space as the tensors and plain numbers of a preprocessed case.
 
@@ -47,6 +48,7 @@ def to_network(
         normalize: of each modality: "percentile", to [0, 1] between the PERCENTILES of its non-zero voxels, clipped;
             or "zscore", minus their mean and divided by their standard deviation, not clipped.
         crop: to the foreground; else the whole grid is kept.
+        label_name: what a warning calls the label map.
 
     Returns `image` float32 [4, D, H, W], its background 0; `label` int64 [1, D, H, W] where there is one; `geometry`
     (what `to_native` needs) and `normalization`. Raises InputError for a modality without contrast, and warns of
@@ -54,7 +56,7 @@ def to_network(
     """
     native_box = foreground_box(image) if crop else [(0, n) for n in image.shape[1:]]
     if label is not None:
-        _warn_of_labels_outside(label, native_box)
+        _warn_of_labels_outside(label, native_box, label_name)
     geometry = _make_geometry(image.shape[1:], affine, native_box, size, float(spacing_mm))
     steps, box = _resampling_steps(geometry), geometry["crop_box"]
     onto_resampled = [_positions(high, step)[low:] for (low, high), step in zip(box, steps, strict=True)]
@@ -73,10 +75,10 @@ def to_network(
     return result | {"geometry": geometry, "normalization": normalization}
 
 
-def _warn_of_labels_outside(label: np.ndarray, box: list[tuple[int, int]]):
+def _warn_of_labels_outside(label: np.ndarray, box: list[tuple[int, int]], name: str):
     inside = np.count_nonzero(label[tuple(slice(low, high) for low, high in box)])
     if outside := np.count_nonzero(label) - inside:
-        which = f"segmentation, {outside} of {outside + inside} labelled voxels"
+        which = f"{name}, {outside} of {outside + inside} labelled voxels"
         warnings.warn(InputWarning(which, "labelled voxels outside the head are lost in the crop"), stacklevel=3)
 
 
@@ -108,9 +110,9 @@ def _label_to_network(label: np.ndarray, onto_resampled, onto_network) -> torch.
 
 
 def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: bool) -> tuple[torch.Tensor, dict]:
-    """The cropped modalities [4, D, H, W] as float32 in network space, and the window of each: percentiles, between
-    which they are clipped, or mean and standard deviation. Both come from the voxels as they were measured;
-    `onto_resampled` is None where the spacing is right."""
+    """The cropped modalities [4, D, H, W] as float32 in network space, and the window of each: the percentiles between
+    which it is clipped, or its mean and one standard deviation above it. Both are those of the original voxels.
+    `onto_resampled` is None if the spacing is right."""
     order = np.argsort([-abs(stride) for stride in image.strides[1:]], kind="stable")  # the slowest in memory first
     size = [len(onto_network[axis]) for axis in order]
     # numpy asks the system for large pages, which halves the time until all of them are there; torch does not.
@@ -119,7 +121,8 @@ def _image_to_network(image: np.ndarray, onto_resampled, onto_network, clip: boo
         voxels = torch.from_numpy(np.ascontiguousarray(image[channel].transpose(order)))
         window = normalization[modality] = intensity_window(voxels) if clip else z_score_window(voxels)
         if not window[1] > window[0]:
-            raise InputError(f"{modality} has the one intensity {window[0]:g} all over: not an MRI.")
+            raise InputError(f"{modality} has the one intensity {window[0]:g} all over the head: not an MRI. Repair "
+                             "or leave out this case.")  # fmt: skip
         if onto_resampled is not None:
             voxels = _resample(voxels, window, clip, [onto_resampled[axis] for axis in order])
             window = (0, 1)
@@ -170,10 +173,10 @@ def label_map(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def native_label_map(probabilities: torch.Tensor, geometry: dict) -> torch.Tensor:
-    """`label_map(to_native(probabilities, geometry))`, uint8 [X, Y, Z], without the work where there is no tumour.
+    """`label_map(to_native(probabilities, geometry))`, uint8 [X, Y, Z], computed only near the tumour.
 
     Where background is most probable (or no region over 0.5) in all eight voxels around a point, it is so in every
-    mixture of them. Only the points whose neighbours reach the box around the other voxels have to be computed.
+    mixture of them. So only points with neighbours in the box around the other voxels are computed.
     """
     axes = native_axes(geometry["affine"])
     result = probabilities.new_zeros([geometry["native_shape"][axis] for axis in axes], dtype=torch.uint8)
@@ -194,6 +197,7 @@ def native_label_map(probabilities: torch.Tensor, geometry: dict) -> torch.Tenso
 
 
 def _from_ras(volume: torch.Tensor, affine) -> torch.Tensor:
+    """[C, D, H, W] with RAS axes in the axis order of the original file, [C, X, Y, Z]."""
     orientation = io_orientation(np.asarray(affine))  # per native axis: the RAS axis it is nearest to, and its sign
     flipped = [int(ras) + 1 for ras, sign in orientation if sign < 0]
     return volume.flip(flipped).permute(0, *(int(ras) + 1 for ras in orientation[:, 0])).contiguous()
@@ -249,19 +253,19 @@ def z_score_window(voxels: torch.Tensor) -> list[float]:
 
 
 def _foreground_histogram(voxels: torch.Tensor) -> tuple[int, np.ndarray]:
-    """The lowest value of int16 voxels (0 at most), and how many have it and each of the values that follow; of 0,
-    which is background, none."""
+    """The lowest value of int16 voxels (0 at most), and how many voxels have it and each value that follows; 0, the
+    background, is not counted."""
     lowest = min(0, int(voxels.min()))
     count = max(0, int(voxels.max())) - lowest + 1
-    # In parts, because torch counts a copy of 64 bits a voxel.
+    # In parts, because torch makes a copy of 64 bits per voxel to count.
     parts = (part if lowest == 0 else part.int().sub_(lowest) for part in voxels.view(-1).split(COUNTED_AT_A_TIME))
     counts = sum(torch.bincount(part, minlength=count) for part in parts).numpy()
     counts[-lowest] = 0
     return lowest, counts
 
 
-def normalise(voxels: torch.Tensor, window, clip: bool = True) -> torch.Tensor:
-    """Voxels as float32, the two intensities of `window` as 0 and 1, clipped to these or not; zero stays 0."""
+def normalise(voxels: torch.Tensor, window, clip: bool) -> torch.Tensor:
+    """Voxels as float32, the two intensities of `window` mapped to 0 and 1, clipped to [0, 1] or not; 0 stays 0."""
     low, high = window
     unit = voxels.to(torch.float32, copy=True).sub_(low).mul_(1 / (high - low))
     unit = unit.clamp_(0, 1) if clip else unit
@@ -300,8 +304,8 @@ def _ras_box(box: list[tuple[int, int]], geometry: dict) -> list[tuple[int, int]
 
 
 def _resample(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarray]) -> torch.Tensor:
-    """[A, B, C] normalised and interpolated linearly at the product grid of `positions`, among foreground voxels alone;
-    background where the nearest voxel is background. Halfway to the background lies no tissue."""
+    """[A, B, C] normalised and interpolated linearly at the product grid of `positions`, among foreground voxels alone,
+    because between brain and background there is no tissue; background where the nearest voxel is background."""
     first, *others = positions
     result = torch.empty([len(position) for position in positions])
     for start in range(0, len(first), SLAB):  # at once, a large volume would take several times its own memory
@@ -348,6 +352,7 @@ def _sample(volume: torch.Tensor, positions: list[np.ndarray], mode: str) -> tor
 
 
 def _nearest(position: np.ndarray, count: int) -> np.ndarray:
+    """The index of the voxel nearest to each position."""
     return np.floor(position + 0.5).clip(0, count - 1).astype(np.int64)
 
 
@@ -360,6 +365,7 @@ def _neighbours(position: np.ndarray, count: int, device) -> tuple[torch.Tensor,
 
 
 def _lerp(volume: torch.Tensor, axis: int, neighbours) -> torch.Tensor:
+    """Linear interpolation along one axis between the `_neighbours` of each position."""
     below, above, weight = neighbours
     weight = weight.to(volume.dtype).view(-1, *[1] * (volume.ndim - 1 - axis))
     return volume.index_select(axis, below).lerp_(volume.index_select(axis, above), weight)

@@ -3,7 +3,7 @@
   python -m models.pretrained models/unet/results/RUN/last.pt
 
 writes them as float16, without what only a training needs, to models/<network>/results/pretrained/best.pt, and the
-run's config.json beside it. What they are good for and what not says MODEL_CARD.md there, which people write.
+run's config.json beside it. MODEL_CARD.md there, which is written by hand, says what they are good for and what not.
 """
 
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""What the project's own files have to look like, and JSON files, which somebody may have edited: read, and refused
-where they look otherwise.
+"""The forms of the project's own files, and JSON files read and checked against them: somebody may have edited one.
 
-A form is a type or a tuple of types; a function that tells whether a value is right; a list [form of each element]; a
-dict of key -> form, in which a key that ends in "?" may be missing and others may be there; or {str: form of each}.
+A form is a type or a tuple of types; a function that says whether a value is right; a list [form of each element]; a
+dict of key -> form, in which a key that ends in "?" is optional and further keys are allowed; or {str: form of each}.
 """
 
 import json
@@ -46,7 +45,7 @@ def is_preprocessing(value) -> bool:
 
 
 def is_inference(value) -> bool:
-    """Whether this says how to predict, as inference.predict.member_of takes it."""
+    """Whether these are settings of a prediction, as inference.predict.member_of takes them."""
     return not misfit(value, INFERENCE) and value.keys() <= {"overlap", "weights", "axes"}
 
 
@@ -109,7 +108,7 @@ CHECKPOINT = {
 
 
 def read_json(path: Path, form):
-    """What a file holds; InputError where it is damaged, or where its content is not of this form."""
+    """The content of a JSON file; InputError where it is damaged, or not of this form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets in brackets without end
@@ -120,14 +119,14 @@ def read_json(path: Path, form):
 
 
 def misfit(value, form, place: str = "its content") -> str | None:
-    """What of a value is not of a form; None where all is."""
+    """The first part of a value that does not have its form, in words; None where all of it does."""
     if isinstance(form, list):
         if not isinstance(value, list):
-            return f"{place} is no list"
+            return f"{place} is not a list"
         parts = [(f"{place}[{index}]", each, form[0]) for index, each in enumerate(value)]
     elif isinstance(form, dict):
         if not isinstance(value, dict):
-            return f"{place} is no object with names"
+            return f"{place} is not a JSON object"
         if str in form:
             parts = [(f"{place}.{key}", each, form[str]) for key, each in value.items()]
         else:

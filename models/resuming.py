@@ -20,6 +20,7 @@ from models.files import git_commit, portable, write_atomically
 from models.records import LAST, RESUMED, misfit
 from models.runs import (
     FREE_FLAGS,
+    PRETRAINED,
     checkpoint_file,
     current_arguments,
     latest,
@@ -31,36 +32,37 @@ from models.runs import (
 
 
 def restarted(folder: Path) -> bool:
-    """Whether torchrun has started the training of that folder again after one of its processes ended, and there is
-    something to go on from. That of an earlier command is another training, though its name is the same."""
+    """Whether torchrun has started the training of that folder again after one of its processes ended, and there is a
+    last.pt to resume from. A training of an earlier command is another one, though its name is the same."""
     ours = torchrun_id()
     begun = ours and (folder / "last.pt").is_file()
     return decided_once(lambda: bool(begun) and latest(read_record(folder)).get("torchrun_id") == ours)
 
 
 def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list[str]]) -> dict | None:
-    """What config.json says of the run that these arguments (name of a flag -> value) resume; None for a new run.
+    """config.json of the run that these arguments (name of a flag -> value) resume; None for a new run.
 
-    InputError for a new run where there is one already, and for a resumed one that would go on with anything else than
-    it began with: other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever
-    was chosen. After a whole epoch the number of processes may be another, and with it --batch-size and --accumulate
-    where the effective batch size stays as it was.
+    InputError for a new run where there is one already, and for a resumed one that differs from what it began with:
+    other data, other cases, other settings, another network, or fewer epochs. An "auto" fits whatever was chosen. After
+    a whole epoch the number of processes may change, and with it --batch-size and --accumulate if the effective batch
+    size stays the same.
     """
     last = folder / "last.pt"
     if not arguments["resume"]:
-        if last.exists():
-            raise InputError(f"{folder} holds a run already. Choose another --run-name, or go on with --resume.")
+        # best.pt alone can be what was left of a first epoch, but not where it has not been trained there.
+        if last.exists() or folder.name == PRETRAINED or "imported_from" in read_record(folder):
+            raise InputError(f"{folder} already holds a run. Choose another --run-name, or go on with --resume.")
         return None
     if not last.is_file():
-        raise InputError(f"--resume: {last} does not exist. Say which run with --run-name, or begin it without "
+        raise InputError(f"--resume: {last} does not exist. Name the run with --run-name, or start one without "
                          "--resume.")  # fmt: skip
     record = read_record(folder)
     if not record:
-        raise InputError(f"--resume: {folder / 'config.json'} is missing, so it is not known what the run began with.")
+        raise InputError(f"--resume: {folder / 'config.json'} is missing: it says what the run began with.")
     if wrong := misfit(record, RESUMED):
         raise InputError(f"--resume: {folder / 'config.json'} does not say all that the run began with: {wrong}.")
     if wrong := misfit(load_checkpoint(last, mmap=True), LAST):
-        raise InputError(f"--resume: {last} is nothing that a training could go on from: {wrong}.")
+        raise InputError(f"--resume: {last} cannot be resumed from: {wrong}.")
     if record["data_manifest_sha256"] != manifest_checksum(arguments["data"]):
         raise InputError(f"--resume: {arguments['data']} is not the data that {folder} was trained on (its manifest "
                          f"differs from {record['arguments']['data']}).")  # fmt: skip
@@ -83,12 +85,12 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
 
 
 def _free_flags(last: Path, latest: dict, arguments: dict) -> tuple[str, ...]:
-    """The flags that may change now, with the number of processes; that may only where the last epoch is over."""
+    """The flags that may change now. InputError where the number of processes changes within an epoch."""
     if world_size() == latest["processes"]:
         return FREE_FLAGS
     if "progress" in load_checkpoint(last, mmap=True):
-        raise InputError(f"--resume: {last} stands within an epoch that {latest['processes']} processes share. Resume "
-                         "with as many until it is over.")  # fmt: skip
+        raise InputError(f"--resume: {last} was saved within an epoch shared by {latest['processes']} processes. "
+                         "Resume with as many until it is over.")  # fmt: skip
     same_batch = effective_batch_size(arguments) == latest["effective_batch_size"]
     return (*FREE_FLAGS, "batch_size", "accumulate") if same_batch else FREE_FLAGS
 
@@ -101,7 +103,7 @@ def effective_batch_size(arguments: dict) -> int:
 def write_record(
     folder: Path, earlier: dict | None, model, arguments: dict, split: dict[str, list[str]], size: list[int], device
 ):
-    """Say what the training will cost, and write config.json; with `earlier` (see `record_to_resume`) append to it.
+    """Print what the training will cost, and write config.json; with `earlier` (see `record_to_resume`) append to it.
 
     Args:
         arguments: name of a flag -> value, without "auto".
@@ -145,8 +147,8 @@ def write_record(
 
 
 def _resumption(folder: Path, earlier: dict, arguments: dict, circumstances: dict) -> dict:
-    """The circumstances, after which epoch and step the run goes on, and which arguments have changed; printed as
-    well."""
+    """The entry of a resumption: where the run goes on, which arguments have changed, and the circumstances. Printed
+    as well."""
     before, last = current_arguments(earlier), load_checkpoint(folder / "last.pt", mmap=True)
     after = {"after_epoch": last["epoch"]} | ({"after_step": last["progress"][0]["step"]} if "progress" in last else {})
     changed = {key: value for key, value in arguments.items() if key != "resume" and before.get(key) != value}
@@ -161,8 +163,8 @@ def _resumption(folder: Path, earlier: dict, arguments: dict, circumstances: dic
 
 
 def _initial_weights(path: Path) -> dict:
-    """Which checkpoint a training began with, so that it can be told from a later one of the same name, and what it has
-    seen."""
+    """Which checkpoint a training began with, by a checksum that a later one of the same name has not, and the patients
+    that it was trained on."""
     return {"checkpoint": portable(path), "epoch": load_checkpoint(path, mmap=True)["epoch"],
             "crc32": f"{zlib.crc32(path.read_bytes()):08x}",
             "patients": sorted(patients_seen(read_record(path.parent)) or ())}  # fmt: skip

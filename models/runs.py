@@ -126,8 +126,8 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     checkpoint = load_checkpoint(path)
     try:
         model = build_model(checkpoint["network"], **checkpoint["config"])
-    except Exception as error:  # whatever a network makes of settings that are none
-        raise InputError(f"{path}: its settings build no network ({one_line(error, 160)}).") from None
+    except Exception as error:  # a network can raise anything for nonsensical settings
+        raise InputError(f"{path}: no network can be built from its settings ({one_line(error, 160)}).") from None
     load_weights(model, checkpoint, path)
     return model.to(device).eval(), checkpoint
 
@@ -160,8 +160,8 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict:
-    """The dict in a checkpoint file of ours; anything else is an InputError. With `mmap`, for those who look at the
-    rest alone, the weights are not read; the file must not be written to while the dict is alive."""
+    """The dict in a checkpoint file of ours; anything else is an InputError. With `mmap` the weights are not read until
+    they are used; the file must not be written to while the dict is alive."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Train first, or name a run such as models/unet/results/<run>.")
     checkpoint = load_tensors(path, mapped=mmap, checked=not mmap)
@@ -176,7 +176,7 @@ def load_weights(model, checkpoint: dict, path: Path):
     """Give a network the weights of a checkpoint, which was read from `path`. InputError where they do not fit."""
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
-    except Exception as error:  # RuntimeError for weights of another network, anything for what is none
+    except Exception as error:  # RuntimeError for weights of another network, anything for nonsense
         reason = one_line(error, 160)
         raise InputError(f"{path}: its weights do not fit {model.network} {model.config}: {reason}") from None
 
@@ -197,10 +197,10 @@ def refuse_other_network(path: Path, model):
 
 
 def choose_folder(network: str, name: str | None) -> Path:
-    """The folder of a run, below the repository wherever the command was given; without a name it is called after the
-    time. All processes get the same one. Nothing is created."""
+    """The folder of a run, below the repository whatever the working directory; without a name it is called after the
+    date and time. All processes get the same one. Nothing is created."""
     if name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise InputError("--max-restarts: name the run with --run-name, or it is not found again after a restart.")
+        raise InputError("--max-restarts: name the run with --run-name, so that it is found again after a restart.")
     name = name or decided_once(lambda: time.strftime("%Y%m%d-%H%M%S"))
     folder = ROOT / "models" / network / "results" / name
     here = Path.cwd()
@@ -211,8 +211,8 @@ def choose_folder(network: str, name: str | None) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold it, so that a second training of the same name is refused and not mixed with this one.
 
-    The lock is a file that names a process and its machine. One whose process is gone is taken over, if it ran on this
-    machine; of the processes of others nothing is known.
+    The lock is a file that names a process and its machine. It is taken over if that process ran on this machine and is
+    gone; nothing is known of the processes of other machines.
     """
     lock = folder / ".lock"
     decided_once(lambda: _take(lock))
@@ -236,7 +236,7 @@ def _take(lock: Path):
         pid, _, machine = owner.partition(" ")
         if machine != socket.gethostname() or not pid.isdecimal() or _is_running(int(pid)):
             raise InputError(
-                f"{lock.parent}: process {pid} on {machine or 'an unknown machine'} trains here. Choose another "
+                f"{lock.parent}: process {pid} on {machine or 'an unknown machine'} is training here. Choose another "
                 f"--run-name, or delete {lock} if that process is gone."
             ) from None
         lock.unlink(missing_ok=True)

@@ -55,8 +55,8 @@ def nearest_voxels(voxels: np.ndarray, others: np.ndarray, spacing_mm) -> tuple[
 
 
 def _rows_from_far(voxels: np.ndarray, others: np.ndarray, spacing_mm, tree: cKDTree) -> np.ndarray:
-    """The row of the nearest of `others` where none is near: a search of the tree then takes a hundred times as long,
-    and for many voxels a distance transform of all that is between them takes less."""
+    """The row of the nearest of `others` if none is near. A search of the tree then takes a hundred times as long, so
+    for many voxels a distance transform of everything between them is faster."""
     if not len(voxels):
         return np.empty(0, int)
     low = np.minimum(voxels.min(axis=0), others.min(axis=0))

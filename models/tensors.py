@@ -86,11 +86,11 @@ def load_tensors(path: Path, mapped: bool = True, checked: bool = True):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: damaged, or it holds more than tensors and plain values, which is not loaded: it "
-                         "could be a program.") from None  # fmt: skip
+        raise InputError(f"{path}: damaged, or it holds more than tensors and plain values, which is not loaded "
+                         "because it could run code.") from None  # fmt: skip
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
         reason = one_line(error, 80)
-        raise InputError(f"{path}: damaged, or no file of this project ({reason}). Make it again.") from None
+        raise InputError(f"{path}: damaged, or not a file of this project ({reason}). Make it again.") from None
 
 
 def _compare_checksums(path: Path, parts: list[zipfile.ZipInfo]):

@@ -1,4 +1,4 @@
-"""Latencies, and what a list of them says."""
+"""Latencies and their statistics."""
 
 import math
 import statistics
@@ -22,8 +22,8 @@ def latencies_ms(
 ) -> list[float]:
     """Milliseconds of each of `repeats` runs that take the images in turn, the device idle before and after each.
 
-    Runs that do not count come first, until `warmup_s` is over: caches fill, and a GPU raises its clock. When the
-    others last longer than `max_seconds` in all, there are fewer, down to `min_repeats`.
+    Untimed runs come first, for `warmup_s`: caches fill, and a GPU raises its clock. After `max_seconds` of timed runs
+    no further one begins, unless there are fewer than `min_repeats`.
     """
     device = images[0].device
     began = time.perf_counter()
@@ -42,8 +42,8 @@ def latencies_ms(
 
 
 def stage_durations_ms(run: Callable[[Callable[[str], None]], object]) -> tuple[object, dict[str, float]]:
-    """What `run(on_stage)` returns, and the milliseconds of each of its stages; it calls on_stage(name) as one begins,
-    the device idle."""
+    """The result of `run(on_stage)`, and the milliseconds of each of its stages: it calls on_stage(name) as each
+    begins, when the device is idle."""
     began = []
     result = run(lambda stage: began.append((stage, time.perf_counter())))
     began.append(("end", time.perf_counter()))
@@ -51,6 +51,7 @@ def stage_durations_ms(run: Callable[[Callable[[str], None]], object]) -> tuple[
 
 
 def summary_of(times_ms: list[float]) -> dict[str, float]:
+    """Median, percentiles, mean and standard deviation in ms, and their number."""
     ordered = sorted(times_ms)
 
     def percentile(share):  # the smallest time that at least this share of the runs kept within

@@ -1,6 +1,6 @@
-"""fit(): the one training loop, with what comes before it. Knows no network by name and no command line: the scripts
-hand it a model and Settings. It writes train.csv, training_plots.png, last.pt and best.pt into the run's folder after
-every epoch, and last.pt within epochs, too.
+"""fit(): the one training loop, and what comes before it. Knows no network by name and no command line: the scripts
+pass it a model and Settings. It writes train.csv, training_plots.png, last.pt and best.pt into the run's folder after
+every epoch, and last.pt within epochs as well.
 """
 
 import math
@@ -47,7 +47,7 @@ CHECK_EVERY = 100  # updates: looking for a loss that is not a number waits for 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training is to do; the flags of the same names say more of each."""
+    """The settings of a training; the flags of the same names are explained in models/cli.py."""
 
     data: Path  # folder of preprocessed cases
     epochs: int
@@ -81,10 +81,10 @@ class Settings:
 def setup(wanted_device: str, seed: int, deterministic: bool = False) -> torch.device:
     """Choose the device, join the other processes where torchrun started several, seed, and let cuDNN tune itself.
 
-    With `deterministic`, two runs on one machine are equal to the last bit. On a CPU they are anyway, but for --amp
-    auto, which measures. On CUDA these are not otherwise: which convolutions cuDNN finds fastest, and the order of the
-    sums in the gradients of convolutions, of torch's fused attention and of trilinear upsampling, in cross-entropy, and
-    in cuBLAS.
+    With `deterministic`, two runs on one machine are equal to the last bit. On a CPU they are anyway, except with --amp
+    auto, which measures. On CUDA the following vary otherwise: which convolutions cuDNN finds fastest, and the order of
+    summation in the gradients of convolutions, of torch's fused attention and of trilinear upsampling, in
+    cross-entropy, and in cuBLAS.
     """
     raise_on_signals()
     # Before CUDA starts, when cuBLAS reads the variable.
@@ -114,7 +114,7 @@ def resolve(
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether --compile can be used here; where not, says in one line why."""
+    """Whether --compile can be used here; if not, a warning says why."""
     reason = why_not_compile(device)
     if reason and rank() == 0:
         print(f"Warning: --compile: {reason}. Training without it.", file=sys.stderr)
@@ -132,8 +132,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 
 def start_at_class_frequencies(model, cases: Cases):
-    """Set the output layer's bias to what gives each label, or region, its share of the voxels as its probability, in
-    32 training cases at most.
+    """Set the output layer's bias so that each label, or region, is predicted with the share of the voxels that it has
+    in (at most 32 of) the training cases as its probability.
 
     A network that starts so need not first learn that nearly every voxel is background (Lin et al. 2017,
     arXiv:1708.02002, section 4.1): small labels are found several times sooner.
@@ -170,13 +170,13 @@ def make_learner(model, settings: Settings, device: torch.device) -> Learner:
 
 
 def fit(
-    model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool = False
+    model, settings: Settings, split: dict[str, list[str]], folder: Path, device: torch.device, resume: bool
 ) -> float:
-    """Train, validating after each epoch; best.pt is the epoch with the best Dice (see metrics.pooled_dice) of the
-    validation cases. Returns total minutes.
+    """Train, validating after each epoch; best.pt is the epoch with the best Dice (see metrics.pooled_dice) on the
+    validation cases. Returns the total minutes.
 
-    With `settings.ema`, what is validated and stored is the average of the weights, not those of the last step.
-    `resume` goes on where last.pt stands. A signal has it written after the step and ends the training (Interrupted).
+    With `settings.ema`, the average of the weights is validated and stored, not those of the last step. With `resume`
+    the training goes on from last.pt. After a signal it writes last.pt when the step ends, and raises Interrupted.
     """
     train_cases, validation_cases = read_cases(settings, split, device)
     if not resume and not settings.init:
@@ -216,8 +216,8 @@ def fit(
 
 
 def best_so_far(path: Path, model, validation_cases: Cases, settings: Settings, device) -> dict | None:
-    """Epoch and score of best.pt, which can be ahead of last.pt: an interruption may have come between the two. None
-    where there is none. One from before scores were pooled is scored anew with a copy of `model`."""
+    """Epoch and score of best.pt, or None if there is none; it can be ahead of last.pt, if the training was interrupted
+    between the two. A checkpoint from before scores were pooled is scored again with a copy of `model`."""
     if not path.is_file():
         return None
     checkpoint = runs.load_checkpoint(path)
@@ -235,7 +235,7 @@ def validation_figures(losses: torch.Tensor, counts: torch.Tensor, names: list[s
     """The columns of train.csv from the loss [N] and the confusion matrix [N, 4, 4] of each case. InputError with the
     cases whose loss is not finite."""
     if broken := [name for name, loss in zip(names, losses, strict=True) if not loss.isfinite()]:
-        raise InputError(f"the validation loss of {', '.join(broken[:5])} is not finite. Look at these cases, lower "
+        raise InputError(f"the validation loss of {', '.join(broken[:5])} is not finite. Inspect these cases, lower "
                          "--learning-rate or use --amp off.")  # fmt: skip
     dice = {f"dice_{target}": value for target, value in pooled_dice(counts).items()}
     return {"validation_loss": float(losses.mean()), **dice}
@@ -245,17 +245,14 @@ def train_epoch(
     model, cases: Cases, epoch: int, settings: Settings, learner: Learner, device,
     within: dict | None = None, after_step: Callable = lambda progress: None,
 ) -> tuple[dict, Progress]:  # fmt: skip
-    """One pass over the training cases, or the rest of one that was interrupted.
-
-    Nothing in it waits for the device before the last step is queued, except `after_step` and a check now and then.
+    """One pass over the training cases, or the rest of one that was interrupted; nothing but `after_step` and a check
+    now and then waits for the device. Returns the columns of train.csv that the steps give, and the final progress.
 
     Args:
         model: the network of the learner, or DistributedDataParallel around it.
         epoch: counted from 0.
         within: what was done of the epoch before the interruption, as last.pt has it.
         after_step: called with the progress after each step.
-
-    Returns the columns of train.csv that the steps give, and the progress at the end.
     """
     model.train()
     criterion, dtype = make_loss(), AMP_DTYPES[settings.amp]
@@ -293,10 +290,7 @@ def train_epoch(
                 after_step(progress)
         refuse_not_finite(progress, learner.scaler)
         row = training_figures(progress, learner.optimizer, device)
-        bar.set_postfix_str(
-            f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
-            f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB"
-        )
+        bar.set_postfix_str(in_words(row))
     return row, progress
 
 
@@ -333,16 +327,22 @@ def training_figures(progress: Progress, optimizer, device) -> dict[str, float]:
     return row
 
 
+def in_words(row: dict[str, float]) -> str:
+    """The figures of an epoch, for the end of its progress bar."""
+    return (f"loss {row['train_loss']:.4f}, lr {row['learning_rate']:.1e}, {row['step_ms']:.0f} ms/step, "
+            f"{row['data_wait_ms']:.1f} ms data, {row['volumes_per_s']:.2f} vol/s, {row['peak_gib']:.2f} GiB")
+
+
 def follow(average, model, decay: float, step: int):
-    """Move an average of the weights towards those after update number `step`, counted from 0. The early ones are
-    forgotten sooner, or a short training would never get away from where it began."""
+    """Move an average of the weights towards those after update number `step`, counted from 0. Early weights are
+    forgotten sooner, or the average of a short training would stay close to where it began."""
     decay = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)([*average.parameters()], [*model.parameters()], None)
 
 
 def logits_of_cases(model, image: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Logits float32 [B, 4 or 3, D, H, W] of whole cases [B, 4, D, H, W]. After a training on patches those of
-    overlapping windows of that size, weighted by a Gaussian around the middle of each."""
+    """Logits float32 [B, 4 or 3, D, H, W] of whole cases [B, 4, D, H, W]; with `settings.patch`, from overlapping
+    windows of that size, each weighted by a Gaussian around its centre."""
     dtype = AMP_DTYPES[settings.amp]
 
     def logits_of(volumes):

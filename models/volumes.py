@@ -117,8 +117,8 @@ def _fit(case: Case, path: Path, voxels, affine, reference: Path, shape, referen
 def _refuse_bad_voxels(voxels: np.ndarray, path):
     if voxels.dtype.kind == "f" and not (voxels.min() > -LARGEST_INTENSITY and voxels.max() < LARGEST_INTENSITY):
         raise InputError(f"{path}: holds NaN, infinite or absurdly large voxels. Repair or leave out this case.")
-    if not voxels.any():
-        raise InputError(f"{path}: every voxel is zero. Repair or leave out this case.")
+    if (voxels == (first := voxels.flat[0])).all():
+        raise InputError(f"{path}: every voxel is {first:g}. Repair or leave out this case.")
 
 
 # ---- background ----------------------------------------------------------------------------------------------------

@@ -311,4 +311,4 @@ def run_kinds():
     yield EVALUATE, "a file as --out", lambda box: [run(), "--out", (box / "x").write_text("") or box / "x"], "written"
     yield PREPROCESS, "valid: a manifest cut in the middle", lambda box: [
         "raw", data_with(box, "manifest.json", lambda path, before: before[:300]), "--size", 32, "--limit", 1,
-        "--workers", 1], "made again"  # fmt: skip
+        "--workers", 1], "preprocessed again"  # fmt: skip

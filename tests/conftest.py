@@ -94,6 +94,9 @@ def run_script(script: str, *arguments, cwd: Path, status: int = 0) -> subproces
     return result
 
 
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory) -> Path:
     """Twelve labelled cases of BraTS 2021 names."""

@@ -73,7 +73,7 @@ def test_the_code_in_a_file_does_not_run(tmp_path, read, write):
     ({}, {"a": int}, "its content has no 'a'"),
     ({"a": "x"}, {"a": int}, "a is x"),
     ({"b": 1}, {"b?": str}, "b is 1"),
-    ([], {"a": int}, "its content is no object with names"),
+    ([], {"a": int}, "its content is not a JSON object"),
     ({"a": [1, "x"]}, {"a": [int]}, "a[1] is x"),
     ({"a": {"c": 1, "d": None}}, {"a": {str: int}}, "a.d is None"),
     ({"a": -1}, {"a": lambda value: value > 0}, "a is -1"),

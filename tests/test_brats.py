@@ -52,6 +52,7 @@ def test_an_unknown_label_value_is_refused_with_every_scheme_not_with_one_that_w
     [
         ("BraTS-GLI-00005-001", "brats2023"),
         ("BraTS-GLI-00005-100", "brats2024"),  # visits from 100 on are after treatment
+        ("BraTS_GLI_00005_100", "brats2024"),
         ("BraTS-SSA-00002-000", "brats2023"),
         ("BraTS-MEN-00004-000", "brats2023"),
         ("BraTS-MET-00001-000", "brats2024"),
@@ -69,11 +70,17 @@ def test_the_cohort_in_the_name_says_what_the_labels_mean(case, scheme):
     assert cohort_scheme(case, Path("data") / case / f"{case}-t1n.nii.gz") == scheme
 
 
-@pytest.mark.parametrize("folder", ["ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "BraTS-PEDs-2023"])
+@pytest.mark.parametrize("folder", ["ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "BraTS-PEDs-2023", "PED_2023"])
 def test_the_pediatric_release_of_2023_is_known_by_its_folder(folder):
     path = Path(folder) / "BraTS-PED-00002-000/BraTS-PED-00002-000-t1n.nii.gz"
     assert cohort_scheme("BraTS-PED-00002-000", path) == "brats2023"
     assert cohort_scheme("BraTS-PED-00002-000", Path("BraTS-PEDs2024_Training") / path.name) == "brats-ped"
+
+
+def test_of_two_folders_that_name_a_year_the_nearest_says_which_pediatric_release_it_is():
+    name = "BraTS-PED-00002-000"
+    assert cohort_scheme(name, Path("BraTS2023/BraTS-PEDs2024_Training") / name / "x.nii") == "brats-ped"
+    assert cohort_scheme(name, Path("BraTS2024/BraTS2023-PED") / name / "x.nii") == "brats2023"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,11 @@ def test_the_pediatric_release_of_2023_is_known_by_its_folder(folder):
         ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
         ("UCSF-PDGM-0396_FU016d", "UCSF-PDGM-0396"),
         ("UCSF-PDGM-0396", "UCSF-PDGM-0396"),
+        ("BraTS_GLI_00005_101", "BraTS_GLI_00005"),
+        ("sub-01_ses-2_run-1", "sub-01"),
+        ("Patient-001_week-000-1", "Patient-001"),
+        ("PatientID_0003_Timepoint_1_brain", "PatientID_0003"),
+        ("hospital_visit1_001", "hospital_visit1_001"),  # what follows tells patients apart
         ("BraTS20_Training_001", "BraTS20_Training_001"),
         ("BRATS_001", "BRATS_001"),
     ],

@@ -54,6 +54,7 @@ ALIASES = {
     "t1c beside t1": ("C/C_{}.nii", ("t1", "t1c", "t2", "flair", "seg")),
     "UCSF-PDGM": ("C/C_{}.nii.gz", ("T1", "T1c", "T2", "FLAIR", "tumor_segmentation")),
     "names of 2021 with hyphens": ("C/C-{}.nii.gz", ("t1", "t1ce", "t2", "flair", "seg")),
+    "before and after contrast": ("C/C_{}.nii.gz", ("T1pre", "T1_POST", "T2", "FLAIR", "seg")),
     "bare": ("C/{}.nii.gz", ("t1", "t1c", "t2", "flair", "seg")),
     "bare capitals": ("C/{}.nii", ("T1", "T1GD", "T2", "T2-FLAIR", "SEG")),
     "one folder for all": ("C_{}.nii.gz", ("t1", "t1ce", "t2", "flair", "seg")),
@@ -116,7 +117,36 @@ def test_a_folder_without_cases_or_with_one_twice_is_refused(tmp_path):
         find_cases(tmp_path)
 
 
+def test_bare_names_in_folders_of_one_name_are_refused_with_what_to_do_where_they_are_two_patients(tmp_path):
+    for patient in ("sub-01", "sub-02"):
+        write_scans(tmp_path / patient / "ses-1/{}.nii", {m: m for m in MODALITIES})
+    with pytest.raises(InputError, match=r"ses-1 is there twice, in .*sub-01.* and .*sub-02.*rename the files"):
+        find_cases(tmp_path)
+
+
+def test_hidden_folders_are_left_out_and_locked_ones_told(tmp_path, monkeypatch):
+    write_raw_case(tmp_path, "A")
+    write_raw_case(tmp_path / ".Trash-1000/files", "A")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def refusing(path):  # root may open everything
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.warns(InputWarning, match="locked: left out: Permission denied"):
+        (case,) = find_cases(tmp_path)
+    assert case.source_files[0].parent == tmp_path / "A"
+
+
 def test_where_there_is_no_case_it_is_told_what_there_is(tmp_path):
+    (tmp_path / "BraTS2021_Training_Data.tar").write_bytes(b"tar")
+    with pytest.raises(InputError, match=r"there is no \.nii or \.nii\.gz file, but BraTS2021_Training_Data\.tar"):
+        find_cases(tmp_path)
+    with pytest.raises(InputError, match="not a folder"):
+        find_cases(tmp_path / "BraTS2021_Training_Data.tar")
     save(tmp_path / "scan_0.nii", make_head()[0]["t1"])
     with pytest.raises(InputError, match=r"1 NIfTI files, but names like scan_0\.nii do not say"):
         find_cases(tmp_path)
@@ -180,6 +210,28 @@ def test_labels_that_a_dataset_json_does_not_explain_are_refused_whatever_the_ca
         scheme_of(case)
     (case,) = find_cases(tmp_path, labels="brats2023")
     assert scheme_of(case) == "brats2023"
+
+
+def test_a_stray_file_among_the_channels_of_nnunet_is_left_out_and_told(tmp_path):
+    volumes, label = write_nnunet(tmp_path, *DECLARED["labels"])
+    (tmp_path / "imagesTr/case_001_0000_old.nii.gz").write_bytes(b"a copy")
+    with pytest.warns(InputWarning, match=r"imagesTr.case_001_0000_old\.nii\.gz: 1 files that do not end in _0000"):
+        (case,) = find_cases(tmp_path)
+    assert_is(case, volumes, label)
+
+
+def test_a_dataset_json_written_on_windows_is_read(tmp_path):
+    volumes, label = write_msd(tmp_path, {"modality": MSD_MODALITY})
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": MSD_MODALITY}), encoding="utf-8-sig")
+    (case,) = find_cases(tmp_path)
+    assert_is(case, volumes, label)
+
+
+def test_channels_that_a_dataset_json_does_not_name_are_refused_with_the_names_that_it_needs(tmp_path):
+    write_nnunet(tmp_path, *DECLARED["labels"])
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": dict.fromkeys("0123", "zscore")}))
+    with pytest.raises(InputError, match=r"channels zscore, zscore.*call them T1, T1CE, T2 and FLAIR"):
+        find_cases(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"modality": {"0": "CT"}}', '{"training": []}', "[1, 2]", "no json", "\xff"])

@@ -70,7 +70,7 @@ def test_what_the_labels_of_each_cohort_become_is_printed(tmp_path, capsys):
         write_raw_case(tmp_path, case, "brats2023")
     assert describe(find_cases(tmp_path), tmp_path) == {"brats2023": 2, "brats-ped": 1}
     pediatric, glioma = sorted(capsys.readouterr().out.splitlines())
-    assert "1 cases" in pediatric and "1 = ET, 2 = NCR (non-enhancing), 3 = NCR (cyst), 4 = ED" in pediatric
+    assert "1 case," in pediatric and "1 = ET, 2 = NCR (non-enhancing), 3 = NCR (cyst), 4 = ED" in pediatric
     assert "2 cases" in glioma and "1 = NCR, 2 = ED, 3 = ET" in glioma
 
 

@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT
 
 from models import build_model, cli
-from models.brats import MODALITIES
 from models.cases import find_cases
 from models.device import DTYPES
 from models.errors import InputError
@@ -24,7 +23,7 @@ from models.inference.engines import load_engine, load_exported
 from models.inference.predict import Member, predict, segment, segment_case
 from models.nifti import read_nifti
 from models.preprocessing import to_native, to_network
-from models.runs import CHECKPOINT_FORMAT
+from models.runs import checkpoint_of
 from models.timing import stage_durations_ms
 from models.volumes import read_case
 
@@ -409,10 +408,7 @@ def test_the_flag_names_every_engine():
 
 
 def test_one_function_from_a_checkpoint_to_logits(unet, image, tmp_path):
-
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
-    torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
-                "epoch": 1, "model": unet.state_dict()}, tmp_path / "best.pt")  # fmt: skip
+    torch.save(checkpoint_of(unet, "off", 1, None), tmp_path / "best.pt")
     loaded = load_engine(tmp_path, "eager", shape=SHAPE, cache=tmp_path / "engines")
     assert agreement(unet, loaded, image) == 1
 

@@ -1,4 +1,4 @@
-"""What is scored on which cases, and from predictions to scores. tests/test_scripts.py runs evaluate.py itself."""
+"""What is scored on which cases, and from predictions to scores. tests/test_evaluate.py runs evaluate.py itself."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +7,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import write_raw_case
+from conftest import LPS, write_raw_case
 from torch.nn.functional import interpolate, one_hot
 
 from models.brats import TARGETS
 from models.cases import find_cases
-from models.errors import InputError
+from models.errors import InputError, InputWarning
 from models.evaluation.cases import find_predictions, item_on_its_grid, raw_item, read_ahead, read_prediction
+from models.evaluation.outputs import counted
 from models.evaluation.plan import Entry, Part, fold_groups, name_of_folds, names_of_groups, plan_raw, refuse_trained_on
 from models.evaluation.scoring import Job, pack, score, scored, unpack
 from models.nifti import to_ras
@@ -120,6 +121,14 @@ def test_an_unreadable_case_is_named_and_the_others_go_on():
         list(read_ahead(["a", "b", "c"], read))
 
 
+def test_labelled_voxels_outside_the_head_are_told_with_the_case(tmp_path):
+    folder, _, label = write_raw_case(tmp_path, "C")
+    label[0, 0, :5] = 2
+    nibabel.save(nibabel.Nifti1Image(label, LPS), folder / "C_seg.nii.gz")
+    with pytest.warns(InputWarning, match=rf"C: segmentation, 5 of {np.count_nonzero(label)} labelled voxels"):
+        raw_item(find_cases(tmp_path, "brats2023")[0], PREPROCESSING)
+
+
 def test_missing_and_extra_label_maps_are_named(tmp_path):
     for name in ("a.nii.gz", "b.nii", ".hidden.nii.gz"):
         (tmp_path / name).touch()
@@ -127,6 +136,17 @@ def test_missing_and_extra_label_maps_are_named(tmp_path):
     with pytest.raises(InputError, match="no label map of c, d, e and 1 more"):
         find_predictions(tmp_path, ["a", "b", "c", "d", "e", "f"])
     with pytest.raises(InputError, match="unknown cases: b"):
+        find_predictions(tmp_path, ["a"])
+    with pytest.raises(InputError, match="no label map of c, but one of b"):
+        find_predictions(tmp_path, ["a", "c"])
+
+
+def test_of_two_label_maps_of_a_case_none_is_chosen_and_a_backup_is_none(tmp_path):
+    for name in ("a.nii.gz", "a.nii.gz.bak", "._a.nii"):
+        (tmp_path / name).touch()
+    assert find_predictions(tmp_path, ["a"]) == {"a": tmp_path / "a.nii.gz"}
+    (tmp_path / "a.nii").touch()
+    with pytest.raises(InputError, match=r"two label maps of a: a\.nii and a\.nii\.gz"):
         find_predictions(tmp_path, ["a"])
 
 
@@ -156,6 +176,11 @@ def test_a_label_map_on_another_grid_or_of_probabilities_is_refused(phantom, tmp
     ):
         with pytest.raises(InputError, match=reason):
             read_prediction(write(tmp_path / f"{name}.nii.gz", voxels, its_affine), item, "brats2021")
+
+
+@pytest.mark.parametrize(("cases", "words"), [(1, "1 test case"), (11, "11 test cases"), (21, "21 test cases")])
+def test_the_cases_are_counted_in_words(cases, words):
+    assert counted(cases, "test cases") == words
 
 
 # ---- the scores ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 import pytest
 import test_training
 import torch
-from conftest import copy_of_the_code, read
+from conftest import copy_of_the_code, needs_signals, read
 from kill_and_resume import kill_often, subjects, unequal, without_machine
 from test_training import CPU, RUN, SMALL, arguments
 
@@ -21,8 +21,6 @@ from models.dataset import read_split
 from models.errors import InputError, Interrupted
 from models.files import remove_temporaries, whole_file, write_atomically
 from models.interruption import noted_signals
-
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
 
 def train(data, folder, *flags):

@@ -14,14 +14,13 @@ from conftest import LPS, run_script, write_raw_case
 from test_viewer import SCRIPT, key, open_scene, scroll
 
 from models import build_model
-from models.brats import MODALITIES
 from models.cases import find_cases
 from models.errors import InputError
 from models.inference.predict import predict
 from models.metrics import confusion, dice_per_target
 from models.nifti import to_ras
 from models.preprocessing import to_native, to_network
-from models.runs import CHECKPOINT_FORMAT, Run
+from models.runs import Run, checkpoint_of
 from models.viewer.scene import find_scenes, load_tensor
 from models.viewer.segmentation import Segmenter, load_segmenter, segment_scene, with_engine
 from models.viewer.session import Session
@@ -243,9 +242,7 @@ def run(tensors, tmp_path_factory):
     folder.mkdir()
     torch.manual_seed(0)
     model = build_model("unet", channels=(4, 8, 16, 32, 64))
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
-    torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
-                "epoch": 1, "dice_mean": 0.0, "model": model.state_dict()}, folder / "best.pt")  # fmt: skip
+    torch.save(checkpoint_of(model, "off", 1, 0.0), folder / "best.pt")
     (folder / "config.json").write_text(json.dumps({"size": [32, 32, 32], "spacing_mm": 2.0}))
     return folder
 

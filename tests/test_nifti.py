@@ -13,7 +13,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from models.errors import InputError, InputWarning
 from models.files import write_atomically
-from models.nifti import onto_grid, read_label, read_nifti, to_ras, write_label_nifti
+from models.nifti import onto_grid, read_grid, read_label, read_nifti, to_ras, write_label_nifti
 
 
 def turned(voxels, affine, codes: str):
@@ -30,6 +30,38 @@ def test_scaled_nifti_files_are_read_as_nibabel_reads_them(tmp_path):
     image.set_data_dtype(np.int16)  # nibabel then stores a slope
     nibabel.save(image, tmp_path / "a.nii.gz")
     assert np.array_equal(read_nifti(tmp_path / "a.nii.gz")[0], nibabel.load(tmp_path / "a.nii.gz").get_fdata())
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_nifti_2_is_read_as_nibabel_reads_it(tmp_path, byte_order):
+    voxels = make_head()[0]["t1"]
+    header = nibabel.Nifti2Header(endianness=byte_order)
+    nibabel.save(nibabel.Nifti2Image(voxels, LPS, header), tmp_path / "a.nii.gz")
+    found, affine = read_nifti(tmp_path / "a.nii.gz")
+    assert np.array_equal(found, voxels) and np.array_equal(affine, LPS)
+    assert read_grid(tmp_path / "a.nii.gz")[0] == voxels.shape
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.1, 20, 1e3])
+def test_a_head_of_another_size_than_any_head_is_refused_with_that_size(tmp_path, factor):
+    """Metres or centimetres where millimetres belong, or a number too many: the resampled head would be a speck, or
+    would take all memory."""
+    affine = np.diag([factor, factor, factor, 1])
+    nibabel.save(nibabel.Nifti1Image(make_head()[0]["t1"], affine), tmp_path / "a.nii")
+    with pytest.raises(InputError, match=rf"voxels are {factor:g} x {factor:g} x {factor:g} mm large.*no head"):
+        read_nifti(tmp_path / "a.nii")
+
+
+def test_what_is_shorter_than_a_header_is_told_as_that(tmp_path):
+    (tmp_path / "a.nii.gz").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"ends within its header, after 42 bytes\).*copy it again"):
+        read_nifti(tmp_path / "a.nii.gz")
+
+
+def test_a_label_map_with_a_channel_for_each_label_is_refused(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 8, 7, 3), np.uint8), LPS), tmp_path / "a.nii")
+    with pytest.raises(InputError, match=r"\(9, 8, 7, 3\), expected three dimensions .* a label in each voxel"):
+        read_label(tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize("more", [(1,), (1, 1), (1, 1, 1)])
@@ -149,7 +181,6 @@ def test_voxels_at_another_place_are_not_turned():
     for affine in (np.eye(4), moved, LPS @ np.diag([2.0, 1, 1, 1])):
         assert onto_grid(voxels, affine, voxels.shape, LPS) is None
     assert onto_grid(voxels[1:], LPS, voxels.shape, LPS) is None
-    assert onto_grid(voxels[..., None], LPS, voxels.shape, LPS) is None
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

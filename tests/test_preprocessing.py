@@ -11,6 +11,7 @@ from models.brats import MODALITIES, TARGETS
 from models.cases import find_cases
 from models.errors import InputError, InputWarning
 from models.labels import to_training_labels
+from models.nifti import spacing_of, to_ras
 from models.phantom import make_case
 from models.preprocessing import (
     foreground_box,
@@ -18,10 +19,8 @@ from models.preprocessing import (
     label_map,
     native_label_map,
     network_spacing_mm,
-    spacing_of,
     to_native,
     to_network,
-    to_ras,
 )
 from models.volumes import read_case
 

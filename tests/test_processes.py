@@ -93,12 +93,12 @@ def test_what_one_process_may_not_do_ends_all_and_is_said_once(tensors, tmp_path
     lock.write_text("1 elsewhere")
     done = torchrun(tmp_path, "train_unet.py", tensors, "--run-name", "run")
     assert done.returncode == 1 and done.stderr.count("error: models") == 1, done.stderr
-    assert "process 1 on elsewhere trains here" in done.stderr and [*lock.parent.iterdir()] == [lock]
+    assert "process 1 on elsewhere is training here" in done.stderr and [*lock.parent.iterdir()] == [lock]
     lock.unlink()
     run_script("train_unet.py", tensors, *SMALL, "--epochs", 1, "--run-name", "run", cwd=tmp_path)
     before = (tmp_path / RUN / "config.json").read_bytes()
     done = torchrun(tmp_path, "train_unet.py", tensors, *SMALL, "--epochs", 1, "--run-name", "run", restarts=1)
-    assert done.returncode == 1 and done.stderr.count("holds a run already") == 2, done.stderr
+    assert done.returncode == 1 and done.stderr.count("already holds a run") == 2, done.stderr
     assert (tmp_path / RUN / "config.json").read_bytes() == before
 
 

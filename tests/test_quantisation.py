@@ -22,7 +22,7 @@ from models.inference.engines import choose_engine, engine_name, load_engine
 from models.inference.quantisation import as_input, calibration_images, refuse_other_labels
 from models.losses import make_loss
 from models.preprocessing import to_network
-from models.runs import CHECKPOINT_FORMAT, load_model, open_run
+from models.runs import checkpoint_of, load_model, open_run
 from models.tensors import load_case, save_case
 
 CPU = torch.device("cpu")
@@ -48,9 +48,7 @@ def run(tmp_path_factory):
         loss(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
-    torch.save({"format": CHECKPOINT_FORMAT, "network": "unet", "config": config, "modalities": list(MODALITIES),
-                "epoch": 1, "model": model.state_dict()}, folder / "best.pt")  # fmt: skip
+    torch.save(checkpoint_of(model, "off", 1, None), folder / "best.pt")
     record = {"size": [32, 32, 32], "spacing_mm": 1.0, "split": SPLIT, "arguments": {"data": str(data)}}
     (folder / "config.json").write_text(json.dumps(record))
     return open_run(folder)

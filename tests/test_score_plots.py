@@ -36,11 +36,6 @@ def test_without_probabilities_there_is_no_reliability(tmp_path):
     assert sorted(path.name for path in figures.values()) == ["dice_over_volume.png", "scores.png"]
 
 
-def test_values_that_do_not_apply_are_not_drawn(tmp_path):
-    rows = [row | {"hd95_mm": None} for row in make_score_rows(["a"], ["1", "2"])]
-    assert draw_scores(rows, {}, tmp_path, "two cases")
-
-
 def test_every_run_has_its_sheets_with_or_without_scores(tmp_path):
     panels = {run: {str(case): plain_panel("red") for case in range(61)} for run in "ab"}
     sheets = draw_sheets(make_score_rows(["a"], ["1"]), panels, tmp_path)

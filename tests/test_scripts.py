@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import pytest
-from conftest import ROOT, RUN, read, run_script, write_raw_case
+from conftest import ROOT, RUN, needs_signals, read, run_script, write_raw_case
 from PIL import Image
 
 import preprocess_brats
@@ -94,9 +94,6 @@ def wait_until(process, condition):
     while process.poll() is None and not condition():
         time.sleep(0.02)
     assert process.poll() is None, "it ended too soon to test anything"
-
-
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
 
 @needs_signals

@@ -12,9 +12,9 @@ from models.evaluation.statistics import (
     compare_runs,
     describe,
     holm,
-    main_rows,
     mean_interval,
     mean_region_dice,
+    note_on_few_cases,
     reliability_counts,
     summarise,
 )
@@ -35,11 +35,6 @@ def test_cases_are_ranked_by_the_mean_of_the_regions_alone():
     table = [row(target=target, dice=dice)
              for target, dice in {"WT": 0.9, "TC": 0.6, "ET": 0.3, "NCR": 0.0, "ED": 0.0}.items()]  # fmt: skip
     assert mean_region_dice(table) == {"a": {"1": pytest.approx(0.6)}}
-
-
-def test_figures_are_of_native_space_where_it_was_scored():
-    network, native = row(space="network", dice=0.5), row(space="native", dice=0.6)
-    assert main_rows([network, native]) == [native] and main_rows([network]) == [network] and main_rows([]) == []
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -132,6 +127,14 @@ def test_only_cases_that_both_runs_have_a_value_for_are_compared():
     (compared,) = compare(table, "a", "b")
     assert compared["measure"] == "dice" and compared["cases"] == 1 and compared["interval"] is None
     assert compared["mean_difference"] == pytest.approx(0.1) and compared["wilcoxon_p"] == 1
+
+
+@pytest.mark.parametrize("cases", [5, 6])
+def test_few_cases_are_those_with_which_scipys_test_cannot_reach_five_percent(cases):
+    differences = {str(case): case + 1.0 for case in range(cases)}  # all of one sign: the smallest p there is
+    compared = compare_runs(rows("a", dict.fromkeys(differences, 0.0)) + rows("b", differences))
+    assert bool(note_on_few_cases(compared)) == (compared[0]["wilcoxon_p"] >= 0.05)
+    assert note_on_few_cases([]) == ""
 
 
 def test_holm_by_hand():

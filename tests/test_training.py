@@ -401,7 +401,7 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(tensors, tmp_pat
         train(tensors, tmp_path, "--epochs", 1, "--resume")
     assert not (tmp_path / RUN).exists()
     train(tensors, tmp_path, "--epochs", 1)
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         train(tensors, tmp_path, "--epochs", 1)
     with pytest.raises(InputError, match="not what these flags ask for"):
         train(tensors, tmp_path, "--epochs", 2, "--resume", config={"channels": (4, 8, 16, 32, 32)})
@@ -409,6 +409,15 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_resumed(tensors, tmp_pat
     torch.save(torch.load(last, weights_only=True) | {"network": "swinunetr"}, last)
     with pytest.raises(InputError, match=r"a swinunetr of .* not what these flags ask for"):
         train(tensors, tmp_path, "--epochs", 2, "--resume")
+
+
+@pytest.mark.parametrize(("name", "record"), [("pretrained", {}), ("fold1", {"imported_from": {"file": "model.pt"}})])
+def test_weights_that_came_from_elsewhere_are_not_overwritten_by_a_training(tmp_path, name, record):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="already holds a run"):
+        resuming.record_to_resume(folder, None, {"resume": False}, {})
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +525,7 @@ def test_within_an_epoch_the_number_of_processes_stays(tensors, begun, tmp_path)
     (folder / "config.json").write_text(json.dumps(record))
     last = torch.load(folder / "last.pt", weights_only=True)
     torch.save(last | {"progress": [{"step": 1}, {"step": 1}]}, folder / "last.pt")
-    with pytest.raises(InputError, match="within an epoch that 2 processes share"):
+    with pytest.raises(InputError, match="within an epoch shared by 2 processes"):
         train(tensors, tmp_path / "begun", "--epochs", 3, "--fold", 1, "--resume")
     assert json.loads((folder / "config.json").read_text()) == record
 

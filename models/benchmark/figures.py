@@ -9,7 +9,7 @@ from models.benchmark.table import Row, row_name
 from models.inference.predict import STAGES
 from models.plots import save_figure
 
-# Okabe & Ito's colours, told apart by people who see red and green alike
+# Okabe & Ito's colours, which colour-blind people can distinguish
 ENGINE_COLORS = {
     "eager": "#999999", "fused": "#56B4E9", "compile": "#0072B2", "cudagraph": "#009E73", "aot": "#CC79A7",
     "onnx": "#E69F00", "openvino": "#D55E00",

@@ -61,7 +61,7 @@ def choose_models(
 
 
 def model_of(path: Path, sizes: list[int], batch_sizes: list[int], device: str) -> Model:
-    """A trained run, or a .pt2 file, which is an engine already; refused unless it was made for these sizes."""
+    """A trained run, or a .pt2 file, which is an engine already. InputError unless it was made for these sizes."""
     if path.suffix == ".pt2":
         header = read_header(path, device)
         batch, _, *sides = json.loads(header["shape"])
@@ -80,7 +80,7 @@ def model_of(path: Path, sizes: list[int], batch_sizes: list[int], device: str) 
 def _require_size(path: Path, sides: list[int], sizes: list[int]):
     if sizes != [sides[0]] or len(set(sides)) > 1:
         raise InputError(f"--size {' '.join(map(str, sizes))}: {path} was made for {' x '.join(map(str, sides))} "
-                         "voxels. Say this size, and only this one.")
+                         "voxels. Give this size, and only this one.")
 
 
 def mean_test_dice(folder: Path) -> float | None:
@@ -106,8 +106,8 @@ def make_jobs(
     device: str,
     **shared,
 ) -> list[Job]:
-    """A job per row; one that cannot run here says why in `not_run`. What was asked for by name must run with one model
-    at least. `shared` are the fields that all jobs have alike."""
+    """A job per row; if it cannot run here, `not_run` says why. InputError if nothing that was asked for by name can
+    run with any model. `shared` are fields with the same value in all jobs."""
     place, jobs, reasons = torch.device(device), [], {}  # reasons: flags -> why not, or None, of each model
     for model in models:
         network = make_network(model)
@@ -147,7 +147,7 @@ def why_not_calibrated(model: Model) -> str | None:
 
 
 def cost_of(network: torch.nn.Module, size: int) -> dict[str, int]:
-    """What a pass over one volume asks for, whatever the engine: MAC, and numbers read and written."""
+    """The cost of a pass over one volume, whatever the engine: parameters, MAC, and numbers read and written."""
     multiple = size_multiple(network.network)
     if size % multiple:
         raise InputError(f"--size {size}: {network.network} needs a multiple of {multiple}.")

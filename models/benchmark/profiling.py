@@ -1,4 +1,4 @@
-"""What the device can do at most, the floor that follows for a network, and where the time of a pass goes.
+"""The peak performance of the device, the floor that follows for a network, and where the time of a pass goes.
 
 The floor of a network is the time that the device's measured matrix peak needs for its multiply-accumulates plus the
 time that its measured memory bandwidth needs for the traffic that no implementation avoids: every convolution and
@@ -32,7 +32,7 @@ CATEGORIES = {  # what a profiled operator or kernel is counted as: the first pa
 }
 
 
-# ---- what the device can do ----------------------------------------------------------------------------------------
+# ---- peak performance ----------------------------------------------------------------------------------------------
 
 
 def matrix_peak_tflops(dtype: str, device: torch.device) -> float:

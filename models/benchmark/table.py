@@ -55,7 +55,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def make_row(job: Job, result: Result, speed: DeviceSpeed, circumstances: dict) -> Row:
-    """A row from a job, what came of it, what the device can do, and the date and such (see `describe_run`)."""
+    """The row of a job, from its result, the device's peak performance, and `circumstances` (see `describe_run`)."""
     peak, bandwidth = speed.peak_tflops.get(job.dtype), speed.bandwidth_gb_s
     macs, values = job.macs * job.batch, job.values * job.batch
     row = Row(
@@ -81,7 +81,7 @@ def make_row(job: Job, result: Result, speed: DeviceSpeed, circumstances: dict) 
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """How many times faster than MONAI's class of the same width, at the same size and batch in the same run."""
+    """The rows with how many times faster they are than MONAI's class of the same width, size and batch in this run."""
 
     def setting(row):
         return row.network, row.parameters, row.size, row.batch
@@ -118,7 +118,7 @@ def latest_of_each_setting(rows: list[Row]) -> list[Row]:
 
 
 def describe_run(device: torch.device) -> dict[str, str | None]:
-    """What all rows of this run have alike."""
+    """The columns that are the same in all rows of this run."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": git_commit(),
@@ -135,7 +135,7 @@ def table_path(folder: Path, circumstances: dict) -> Path:
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of a CSV file; none where there is no file. A column that it lacks is None."""
+    """The rows of a CSV file, none if it does not exist; missing columns are None. InputError for a damaged file."""
     if not path.is_file():
         return []
     kinds = {field.name: next(iter(get_args(field.type)), field.type) for field in fields(Row)}  # float of float | None

@@ -1,8 +1,8 @@
 """The rows of the inference benchmark, each measured in a process of its own: nothing that an engine compiled, cached
-or leaked reaches the next row, and one that runs out of memory takes nobody with it.
+or leaked reaches the next row, and running out of memory ends that row alone.
 
-A process gets its task as an argument and a JSON object on its input, and answers with a JSON object in the last line
-of its output.
+A process gets its task as an argument and a JSON object on stdin, and answers with a JSON object in the last line of
+stdout.
 """
 
 import json
@@ -38,12 +38,12 @@ from models.timing import latencies_ms, stage_durations_ms, summary_of
 
 MONAI = "monai-"  # before the name of a model: MONAI's own class with the same weights
 IMAGES = 3  # inputs that the passes take in turn: more than a cache holds
-CASE_REPEATS = 3  # of the way from the files of a case to a label map on disk, after one that does not count
+CASE_REPEATS = 3  # timed, from the files of a case to a label map on disk, after one to warm up
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network with its weights, by the name that it has in the table."""
+    """A network with its weights, under its name in the table."""
 
     name: str
     network: str  # as build_model takes it, with `config`
@@ -56,7 +56,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the process of one row has to measure."""
+    """The task of the process that measures one row."""
 
     model: Model
     engine: str
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a job; what was not measured is None."""
+    """The result of a job; what was not measured is None."""
 
     status: str  # "ok", or "not run", "out of memory" or "failed" with the reason
     layout: str | None = None
@@ -104,7 +104,7 @@ class Result:
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """What the device can do at most."""
+    """The peak performance of a device."""
 
     peak_tflops: dict[str, float]  # by number type: 10^12 operations per second in matrix products
     bandwidth_gb_s: float  # 10^9 bytes per second read or written by copies
@@ -127,7 +127,7 @@ def measure_profile(job: Job) -> dict[str, float]:
 
 
 def measure_speed(device: str, dtypes: list[str]) -> DeviceSpeed:
-    """What the device can do in these number types. InputError where it cannot be used."""
+    """The peak performance of the device in these number types. InputError if the device cannot be used."""
     answer = in_own_process("device", {"device": device, "dtypes": dtypes})
     status = answer.pop("status")
     if status != "ok":
@@ -145,7 +145,7 @@ def in_own_process(task: str, request: dict) -> dict:
 
 
 def answer_of(exit_status: int, stdout: str) -> dict:
-    """The last line of a process; where it was killed before it could write one, what that means."""
+    """The answer in the last line of a process; if it was killed before it could write one, what that means."""
     if exit_status == 0:
         return json.loads(stdout.splitlines()[-1])
     if exit_status == -9:  # Linux kills the largest process when the memory is gone

@@ -1,1 +1,1 @@
-"""Scoring: what is scored on which cases, the cases, their scores, and the pictures and pages made of them."""
+"""Scoring: which runs on which cases, the reading of these, the scores, and the figures and pages made of them."""

@@ -1,4 +1,4 @@
-"""The cases that are scored, one at a time and read ahead: preprocessed or raw ones, and what they must fit."""
+"""The cases that are scored, preprocessed or raw, read one ahead; and label maps of other programs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.cases import Case, scheme_of
+from models.cases import NIFTI, Case, scheme_of
 from models.dataset import read_manifest
 from models.errors import InputError
 from models.labels import to_training_labels
@@ -34,9 +34,9 @@ class Item:
 def read_ahead(
     names: Iterable[str], read: Callable[[str], Item], failures: dict[str, str] | None = None
 ) -> Iterator[Item]:
-    """What `read` makes of each name. While one is in use, the next is being read: no more than two are in memory.
+    """Yield `read(name)` for each name. While one is in use, the next is being read: no more than two are in memory.
 
-    An InputError goes into `failures` (name -> reason) and the others go on; without `failures` it is raised.
+    An InputError is entered in `failures` (name -> reason), and the others go on; without `failures` it is raised.
     """
     with ThreadPoolExecutor(1) as reader:
         following = None
@@ -69,10 +69,10 @@ def prepared_item(path: Path, raw: Case | None) -> Item:
 
 
 def raw_item(case: Case, preprocessing: dict) -> Item:
-    """A raw case, prepared as a run wants it (`Run.preprocessing`); with or without segmentation."""
+    """A raw case, preprocessed for a run (see `Run.preprocessing`); with or without segmentation."""
     volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0]) if case.labelled else None
-    result = to_network(volumes.image, truth, volumes.affine, **preprocessing)
+    result = to_network(volumes.image, truth, volumes.affine, label_name=f"{case.name}: segmentation", **preprocessing)
     label = result["label"][0].to(torch.uint8) if case.labelled else None
     return Item(case.name, result["image"], label, result["geometry"], scheme, truth)
 
@@ -101,11 +101,15 @@ def segmented(data: Path, names: Iterable[str], raw: dict[str, Case]) -> dict[st
 
 
 def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Case -> its label map `<case>.nii.gz` (or .nii) in a folder. InputError for missing and extra ones."""
+    """Case -> its label map `<case>.nii.gz` (or .nii) in a folder. InputError for missing, extra and double ones."""
     if not folder.is_dir():
         raise InputError(f"--predictions {folder}: no such folder.")
-    files = {path.name.split(".nii")[0]: path for path in sorted(folder.glob("[!.]*.nii*"))}
-    names = set(names)
+    files, names = {}, set(names)
+    for path in sorted(folder.iterdir()):
+        match = NIFTI.fullmatch(path.name)
+        if match and files.setdefault(match["stem"], path) is not path:
+            both = f"{files[match['stem']].name} and {path.name}"
+            raise InputError(f"{folder}: two label maps of {match['stem']}: {both}. Remove one of them.")
     missing, extra = sorted(names - files.keys()), sorted(files.keys() - names)
     for kind, found, advice in (
         ("no label map of", missing, "Give one for every labelled raw case, or say with --data which to score"),
@@ -113,12 +117,13 @@ def find_predictions(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     ):
         if found:
             shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            shown += f", but one of {extra[0]}" if found is missing and extra else ""
             raise InputError(f"{folder}: {kind} {shown}. {advice}.")
     return {name: files[name] for name in sorted(names)}
 
 
 def item_on_its_grid(case: Case) -> Item:
-    """A raw case as it is: the grid of the original files, with its axes in RAS order, is its network space."""
+    """A raw case as it is: its network space is the grid of the original files with RAS axes."""
     volumes, scheme = read_case(case), scheme_of(case)
     truth = to_training_labels(volumes.label, scheme, case.files["seg"][0])
     image, label = (np.ascontiguousarray(to_ras(volume, volumes.affine)) for volume in (volumes.image, truth[None]))

@@ -1,4 +1,5 @@
-"""From what is asked for to the jobs of an evaluation. All is checked before the first case: files, grids, weights."""
+"""From the options of evaluate.py to the jobs of an evaluation; files, grids and weights are checked before the first
+case."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ TYPICAL_WINDOWS = 8  # of a head: two of 128 voxels along each axis
 
 @dataclass(frozen=True)
 class Options:
-    """What evaluate.py was asked for; the flags of the same names say more of each."""
+    """The options of an evaluation; the flags of the same names are explained in evaluate.py."""
 
     runs: list[Path]
     predictions: list[Path]
@@ -77,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: the entries of the tables, how a case of one is read, and what becomes of it."""
+    """An evaluation: the entries of the tables, how a case of one is read, and how it becomes a job."""
 
     entries: list[Entry]
     read: Callable[[Part, str], Item]
@@ -99,17 +100,17 @@ def make_ready(work: Work, options: Options, device: torch.device):
 
 
 def jobs_of(work: Work, failures: dict[str, str] | None) -> Iterator[Job]:
-    """This process's share of the cases of every entry, predicted. With `failures` (name -> reason) a case that cannot
-    be read is left out and goes in there."""
+    """Yield this process's share of the cases of every entry, predicted. With `failures` (name -> reason) a case that
+    cannot be read is left out and entered there."""
     for entry in work.entries:
         for part in entry.parts:
             for item in read_ahead(part.share, partial(work.read, part), failures):
                 yield work.predict(entry, part, item)
 
 
-def brought_together(work: Work, share: list[Scored], failures: dict[str, str]) -> dict[str, list[Scored]]:
-    """In the first process, what all have kept of their shares, by entry and in the order of its cases; their failures
-    are added to `failures`. In the others, nothing."""
+def gathered(work: Work, share: list[Scored], failures: dict[str, str]) -> dict[str, list[Scored]]:
+    """In the first process, what all processes have kept of their shares, by entry and in the order of its cases; their
+    failures are added to `failures`. In the others, empty lists."""
     kept = {}
     for scored, failed in collected((share, failures)):
         kept |= {(one.run, one.case): one for one in scored}
@@ -126,8 +127,8 @@ def item_of(work: Work, entry: Entry, case: str) -> Item:
 
 
 def of_runs(options: Options, device: torch.device) -> Work:
-    """InputError for cases that are missing, files that the tensors were not made from, weights that are damaged, and
-    patients that a run was trained on."""
+    """The evaluation of trained runs. InputError for cases that are missing, raw files that the tensors were not made
+    from, weights that are damaged, and patients that a run was trained on."""
     runs = [open_run(path) for path in options.runs]
     raw = raw_cases(options.cases, options) if options.cases else {}
     entries = (plan_raw(runs, list(raw), options.ensemble) if options.cases
@@ -147,7 +148,7 @@ def of_runs(options: Options, device: torch.device) -> Work:
     def predict(entry: Entry, part: Part, item: Item) -> Job:
         for run in part.runs:
             if run.checkpoint not in introduced:
-                say_windows(run, members[run.checkpoint], item)
+                print_windows(run, members[run.checkpoint], item)
                 introduced.add(run.checkpoint)
         checkpoints = tuple(run.checkpoint for run in part.runs)
         together = [members[checkpoint] for checkpoint in checkpoints]
@@ -200,12 +201,12 @@ def recorded_raw(data: Path) -> Path:
 
 
 def nifti_folder(options: Options, entries: list[Entry], entry: Entry) -> Path | None:
-    """Where the predictions of an entry go: a folder for each where there are several."""
+    """The folder for the predictions of an entry, one of its own if there are several; None without --save-nifti."""
     return options.save_nifti and (options.save_nifti / entry.name if len(entries) > 1 else options.save_nifti)
 
 
-def say_windows(run: Run, member: Member, item: Item):
-    """Where a run predicts in windows, how, and what memory their sums take."""
+def print_windows(run: Run, member: Member, item: Item):
+    """Print how a run that predicts in windows does so, and the memory that their sums take."""
     shape = tuple(item.image.shape[1:])
     if member.window not in (None, shape):
         gib = accumulators_gib(shape, run.config.get("out_channels", 4))
@@ -221,7 +222,7 @@ def ready(run: Run, network: torch.nn.Module, shape: tuple[int, ...], cases: int
     passes = cases * (8 if options.tta else 1) * (1 if whole_case else TYPICAL_WINDOWS)
     network = choose_engine(network, options.engine, dtype, shape[-1], device, passes, run=run)
     member = member_of(run, network, dtype)
-    predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all others: not timed
+    predict_all([member], torch.zeros(shape[1:], device=device))  # slower than all that follow: it must not be timed
     return member if options.overlap is None else replace(member, overlap=options.overlap)
 
 
@@ -244,7 +245,7 @@ def voxel_ml(spacing_mm: list[float]) -> float:
 
 
 def predicted(item: Item, members: list[Member], options: Options, device: torch.device, small_et_ml: float) -> Job:
-    """One item through its networks; an ET below `small_et_ml` becomes NCR."""
+    """The job of one case: predicted by its networks, with an ET below `small_et_ml` turned into NCR."""
     start = time.perf_counter()
     probabilities, spread = predict_all(members, item.image.to(device), options.tta)
     synchronise(device)
@@ -283,8 +284,8 @@ def as_array(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def of_label_maps(options: Options) -> Work:
-    """Folders of label maps, called after them, scored on the labelled cases of --raw or on those of --data and
-    --split. InputError for missing and extra label maps."""
+    """The evaluation of label maps: an entry for each folder, named after it, scored on the labelled cases of --raw or
+    on those of --data and --split. InputError for missing and extra label maps."""
     raw = {name: case for name, case in raw_cases(options.raw, options).items() if case.labelled}
     names = read_split(options.data)[options.split or "test"] if options.data else sorted(raw)
     if missing := [name for name in names if name not in raw]:

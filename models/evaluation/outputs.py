@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: tables, figures and report.html, made of what `scoring` has kept of each case."""
+"""The files of an evaluation: tables, figures and report.html, made of what `scoring` has kept of each case."""
 
 import json
 from dataclasses import asdict
@@ -21,8 +21,8 @@ COSTS = ("parameters", "gmac", "forward_seconds_per_case", "training_minutes")
 
 
 def write_all(out: Path, work: Work, kept: dict[str, list[Scored]], options: Options, failures: dict[str, str]) -> dict:
-    """Everything, into the folder `out`. `kept` is what was kept of the cases of each entry, by its name; `failures`
-    are cases that could not be read (name -> reason). Returns what summary.json says."""
+    """Write all files into the folder `out`. `kept` has what was kept of the cases of each entry, by its name;
+    `failures` the cases that could not be read (name -> reason). Returns the content of summary.json."""
     rows = [row for each in kept.values() for one in each for row in one.rows]
     summary = summary_of(work, kept, rows, options)
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
@@ -69,7 +69,7 @@ def summary_of(work: Work, kept: dict[str, list[Scored]], rows: list[dict], opti
 
 
 def costs(entry: Entry, work: Work) -> dict:
-    """What an entry's networks are and cost: those of one part together, since folds take turns."""
+    """What the networks of an entry are and cost: those of one part together, because folds take turns."""
     part = entry.parts[0]
     networks = [work.networks[run.checkpoint] for run in part.runs]
     return {
@@ -95,12 +95,17 @@ def comparison_table(summary: dict) -> list[dict]:
 
 
 def title_of(summary: dict) -> str:
-    splits = (f"{run['cases']} {run['split']}" for run in summary["runs"].values())
-    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space".replace("1 test cases", "1 test case")
+    splits = (counted(run["cases"], run["split"]) for run in summary["runs"].values())
+    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space"
+
+
+def counted(cases: int, split: str) -> str:
+    """How many cases of what split, such as "1 test case" or "12 cases, cross-validated in 5 folds"."""
+    return f"{cases} {split if cases != 1 else split.replace('cases', 'case', 1)}"
 
 
 def facts_of(summary: dict) -> dict[str, str]:
-    """What a reader of the report should know of what was scored."""
+    """What a reader of the report should know about what was scored."""
     facts = {"Cases": title_of(summary), "Mirror images": "8, averaged" if summary["tta"] else "none"}
     if not summary["settings"]["small_et"]:
         return facts

@@ -136,7 +136,7 @@ def figure(picture: bytes, caption: str, kind: str = "", lazy: bool = False) -> 
     return tag("figure", tag("figcaption", caption), tag("div", shown, class_="scroll"), class_=kind)
 
 
-def page(title: str, body: Iterable[Html], style: str = "") -> Iterator[str]:
+def page(title: str, body: Iterable[Html], style: str) -> Iterator[str]:
     """Yield the whole file in parts; `style` is CSS in addition to STYLE."""
     style = STYLE + style
     policy = (f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(SCRIPT)}; "

@@ -1,4 +1,4 @@
-"""What is scored on which cases: runs, cross-validated folds and ensembles; and who may not be scored on whom."""
+"""What is scored on which cases: runs, cross-validated folds and ensembles; and which combinations are refused."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ class Part:
 
     runs: tuple[Run, ...]
     cases: tuple[str, ...]
-    data: Path | None  # preprocessed cases; None where raw cases are prepared on the way
+    data: Path | None  # folder of preprocessed cases; None for raw cases, which are preprocessed one by one
 
     @property
     def share(self) -> tuple[str, ...]:
@@ -50,8 +50,8 @@ class Entry:
 
 
 def names_of(runs: list[Run], ensemble: bool) -> list[str]:
-    """What each run is called in the tables: its folder's name, with the network's before it where two are the same.
-    InputError for a run given twice and for two of one name."""
+    """The name of each run in the tables: that of its folder, after that of the network if two are the same. InputError
+    for a run given twice and for two of one name."""
     for index, run in enumerate(runs):
         if any(run.checkpoint.resolve() == other.checkpoint.resolve() for other in runs[:index]):
             raise InputError(f"{run.checkpoint}: given twice. Name each run once.")
@@ -60,15 +60,15 @@ def names_of(runs: list[Run], ensemble: bool) -> list[str]:
         names = [f"{run.network}-{run.name}" for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"two runs are both called {name}: rename the folder of one of them.")
+            raise InputError(f"two runs are both called {name}. Rename the folder of one of them.")
         if ensemble and name == ENSEMBLE:
             raise InputError(f"--ensemble: a run is called {ENSEMBLE} as well. Rename its folder.")
     return names
 
 
 def fold_groups(runs: list[Run]) -> list[list[Run]] | None:
-    """The runs by network and settings of the training, where every run is one of several folds; else None. InputError
-    for a fold given twice and for folds of other data."""
+    """The runs by network and settings of the training, if every run is one of several folds; else None. InputError
+    for a fold given twice and for folds of different data."""
     if len(runs) < 2 or any(run.fold is None for run in runs):
         return None
     groups = {}
@@ -88,7 +88,7 @@ def fold_groups(runs: list[Run]) -> list[list[Run]] | None:
 
 
 def name_of_folds(group: list[Run]) -> str:
-    """What the names of the runs have in common at their beginning, or the network's name."""
+    """What the names of the runs have in common at the beginning, or the name of the network."""
     first, *others = (run.name for run in group)
     length = next((i for i, letter in enumerate(first) if any(other[i : i + 1] != letter for other in others)), None)
     common = first[:length].removesuffix("fold").rstrip("-_. ").removesuffix("fold").rstrip("-_. ")
@@ -195,7 +195,7 @@ def refuse_trained_on(entries: list[Entry]):
             if seen := sorted(trained_on(part)):
                 raise InputError(
                     f"{part.runs[0].folder}: trained on {len(seen)} of the cases to be scored ({seen[0]}), so the "
-                    "scores would say nothing. --allow-trained-on scores them nevertheless and marks them."
+                    "scores would mean nothing. --allow-trained-on scores them nevertheless and marks them."
                 )
             for run in part.runs:
                 if run.seen is None:
@@ -203,14 +203,14 @@ def refuse_trained_on(entries: list[Entry]):
 
 
 def refuse_other_preprocessing(entries: list[Entry]):
-    """InputError for an ensemble of runs that want their cases prepared differently."""
+    """InputError for an ensemble of runs whose cases are preprocessed differently."""
     for entry in entries:
         for part in entry.parts:
             first, *others = part.runs
             for run in others:
                 if (run.preprocessing, run.size) != (first.preprocessing, first.size):
-                    raise InputError(f"--ensemble: {run.folder} and {first.folder} want their cases prepared "
-                                     "differently, so their predictions cannot be averaged.")  # fmt: skip
+                    raise InputError(f"--ensemble: {run.folder} and {first.folder} were trained on cases "
+                                     "preprocessed differently, so their predictions cannot be averaged.")  # fmt: skip
 
 
 def refuse_small_et(entries: list[Entry]):
@@ -239,7 +239,7 @@ def input_shape(part: Part) -> tuple[int, ...]:
 
 
 def training_minutes(runs: list[Run]) -> float | None:
-    """Of all together, as their train.csv say; None where one is missing or damaged."""
+    """Of all runs together, from their train.csv; None if one is missing or damaged."""
     minutes = 0.0
     for run in runs:
         log = run.folder / "train.csv"

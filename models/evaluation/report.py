@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from models.brats import LABEL_NAMES, LABELS, REGIONS
 from models.evaluation.page import Html, figure, join, page, start, table, tag
-from models.evaluation.statistics import main_rows, mean_region_dice
+from models.evaluation.statistics import mean_region_dice, note_on_few_cases
 from models.files import write_atomically
 from models.plots import CONVENTION, LABEL_COLORS
 
@@ -30,7 +30,6 @@ OF_CASES = ("dice", "hd95_mm", "lesion2026_dice")
 OF_A_CASE = ("dice", "ceiling_dice", "sensitivity", "precision", "hd95_mm", "nsd_1mm", "predicted_ml", "true_ml",
              "lesion2026_dice", "lesion2026_tp", "lesion2026_fp", "lesion2026_fn", "lesion2023_dice")  # fmt: skip
 MANY_CASES = 50  # whose pictures a browser need not draw all at once
-FEW_CASES = 6  # with fewer, no difference can reach p < 0.05
 
 
 def write_report(
@@ -52,10 +51,10 @@ def write_report(
         figures: caption -> file, as `score_plots.draw_scores` returns them.
         sheets: run -> file, as `score_plots.draw_sheets` returns them.
         panels: run -> case -> JPEG of `panels.case_panel`.
-        facts: what else a reader should know of what was scored, such as {"Split": "test"}.
+        facts: what else a reader should know of what was scored, such as {"Mirror images": "none"}.
     """
     runs = list(dict.fromkeys([row["run"] for row in rows] + [*panels]))
-    cases = _ranked_cases(main_rows(rows), panels)
+    cases = _ranked_cases(rows, panels)
     sections = {}
     if summary:
         sections["Scores"] = _scores(summary)
@@ -64,7 +63,7 @@ def write_report(
     if figures:
         sections["Figures"] = (figure(file.read_bytes(), caption, "wide") for caption, file in figures.items())
     sections["Runs"] = (_run(run, summary.get(run, {}), sheets.get(run)) for run in runs)
-    sections["Cases"] = _cases(main_rows(rows), cases, panels)
+    sections["Cases"] = _cases(rows, cases, panels)
     title = f"Segmentation scores: {', '.join(runs)}"
     swatches = (f".{name} {{ background: {to_hex(LABEL_COLORS[value])}; }}\n" for value, name in LABELS.items())
     header = tag("header", tag("h1", title), _facts(rows, runs, len(cases), facts))
@@ -130,9 +129,8 @@ def _facts(rows: list[dict], runs: list[str], cases: int, facts: dict[str, str])
     """What was scored, and what a reader must know before the first number."""
     said = {"Runs": ", ".join(runs), "Cases": str(cases)} | facts
     if rows:
-        said["Space"] = "; ".join(SPACES[space] for space in dict.fromkeys(row["space"] for row in rows))
-        standards = [name for prefix, name in STANDARDS.items() if any(key.startswith(prefix) for key in rows[0])]
-        said["Lesion-wise scores"] = " and ".join(standards) or "none"
+        said["Space"] = SPACES[rows[0]["space"]]
+        said["Lesion-wise scores"] = " and ".join(STANDARDS.values())
         said["Empty masks"] = _rules([row["empty"] for row in rows])
     said = (tag("dt", name) + tag("dd", text) for name, text in said.items())
     return join([
@@ -146,7 +144,7 @@ def _facts(rows: list[dict], runs: list[str], cases: int, facts: dict[str, str])
 
 
 def _warnings(rows: list[dict], runs: list[str]) -> list[Html]:
-    """Which runs are scored on patients that they know."""
+    """Which runs are scored on patients that they were trained on."""
     said = []
     for run in runs:
         seen = {row["case"] for row in rows if row["run"] == run and row["trained_on"]}
@@ -185,8 +183,6 @@ def _mean(said: dict, measure: str) -> Html:
 def _comparisons(comparisons: list[dict]) -> Iterator[Html]:
     note = ("Paired over cases. Wilcoxon: the two-sided signed-rank test; Holm: its p-value corrected for all targets "
             "and runs of a space and measure.")  # fmt: skip
-    if min(row["cases"] for row in comparisons) < FEW_CASES:
-        note += f" Fewer than {FEW_CASES} cases are too few for any difference to reach p < 0.05."
     rows = []
     for row in comparisons:
         measure, difference = row["measure"], row["mean_difference"]
@@ -197,12 +193,12 @@ def _comparisons(comparisons: list[dict]) -> Iterator[Html]:
         ])  # fmt: skip
     columns = ["run", "compared with", "space", "target", "measure", "mean difference", "95 % interval", "Wilcoxon p",
                "Holm p", "cases"]  # fmt: skip
-    yield tag("p", note)
+    yield tag("p", f"{note} {note_on_few_cases(comparisons)}".rstrip())
     yield table("Differences between runs", columns, rows, names=5)
 
 
 def _run(run: str, spaces: dict, sheet: Path | None) -> Html:
-    """The contact sheet of a run, and all that its scores say."""
+    """The contact sheet of a run, and all statistics of its scores."""
     parts = [tag("h3", run)]
     for space, of_targets in spaces.items():
         rows = [
@@ -226,7 +222,7 @@ def _cases(rows: list[dict], cases: list[str], panels: dict) -> Iterator[Html]:
     for row in rows:
         of_cases[row["case"]].setdefault(row["run"], {})[row["target"]] = row
     links = {case: tag("a", case, href=f"#case-{number}") for number, case in enumerate(cases, start=1)}
-    measures = [measure for measure in OF_CASES if rows and measure in rows[0]]
+    measures = OF_CASES if rows else ()
     columns = ["case", "run", *(f"{_label(measure)} {region}" for measure in measures for region in REGIONS)]
     overview = []
     for case, by_run in of_cases.items():
@@ -250,10 +246,9 @@ def _case(number: int, case: str, by_run: dict, panels: dict, lazy: bool) -> Htm
     parts = [tag("h3", case), tag("div", *pictures, class_="panels")]
     rows = []
     for run, by_target in by_run.items():
-        measures = [measure for measure in OF_A_CASE if measure in next(iter(by_target.values()))]
         for target, row in by_target.items():
-            rows.append([_named(run, by_target), target, *(_score(row, measure) for measure in measures)])
+            rows.append([_named(run, by_target), target, *(_score(row, measure) for measure in OF_A_CASE)])
     if rows:
-        columns = ["run", "target", *map(_label, measures)]
+        columns = ["run", "target", *map(_label, OF_A_CASE)]
         parts.append(table(f"{case} in {row['space']} space", columns, rows, names=2, sort=False))
     return tag("article", *parts, id=f"case-{number}")

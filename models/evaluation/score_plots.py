@@ -1,5 +1,5 @@
-"""The figures of an evaluation: the scores of all cases under every run. Knows rows and arrays; `models/statistics.py`
-says what a row is."""
+"""The figures of an evaluation: the scores of all cases under every run. Knows rows and arrays; see
+models/evaluation/statistics.py for what a row is."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from models.brats import REGION_CHANNELS, REGIONS
 from models.evaluation.panels import contact_sheets
-from models.evaluation.statistics import BINS, calibration_error, main_rows, mean_region_dice
+from models.evaluation.statistics import BINS, calibration_error, mean_region_dice
 from models.files import write_atomically
 from models.plots import save_figure
 
-# Okabe & Ito's colours, told apart by people who see red and green alike
+# Okabe & Ito's colours, which colour-blind people can distinguish
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "os^Dv*X"
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 100, not 10²
@@ -25,14 +25,14 @@ def draw_scores(rows: list[dict], counts: dict[str, np.ndarray], out: Path, titl
     """The figures of all runs in the folder `out`; returns caption -> file, for the report.
 
     Args:
-        rows: of per_case.csv; those of native space are shown, where there are any.
+        rows: of per_case.csv.
         counts: run -> [3 regions, 3, BINS] of `statistics.reliability_counts`, added up over cases; may be empty.
         title: what was scored.
     """
     figures = {"Dice and HD95 of every case": out / "scores.png"}
-    score_boxes(main_rows(rows), out / "scores.png", title)
+    score_boxes(rows, out / "scores.png", title)
     figures["Dice over the true volume"] = out / "dice_over_volume.png"
-    dice_over_volume(main_rows(rows), out / "dice_over_volume.png", title)
+    dice_over_volume(rows, out / "dice_over_volume.png", title)
     if counts:
         figures["Reliability of the probabilities"] = out / "reliability.png"
         reliability(counts, out / "reliability.png", f"{title}; probabilities in network space")
@@ -42,7 +42,7 @@ def draw_scores(rows: list[dict], counts: dict[str, np.ndarray], out: Path, titl
 def draw_sheets(rows: list[dict], panels: dict[str, dict[str, bytes]], out: Path) -> dict[str, Path]:
     """contact_sheet_<run>_1.jpg and so on in the folder `out`, of panels run -> case -> JPEG; returns run -> the first
     file, which has the worst cases."""
-    dice = mean_region_dice(main_rows(rows))
+    dice = mean_region_dice(rows)
     for run, of_cases in panels.items():
         for number, sheet in enumerate(contact_sheets(of_cases, dice.get(run, {}), run), start=1):
             write_atomically(out / f"contact_sheet_{run}_{number}.jpg", sheet)
@@ -50,7 +50,7 @@ def draw_sheets(rows: list[dict], panels: dict[str, dict[str, bytes]], out: Path
 
 
 def score_boxes(rows: list[dict], path, title: str):
-    """Dice and HD95 of every case, with box and mean, for each run (rows of one space): a column of panels a region."""
+    """Dice and HD95 of every case, with box and mean, for each run: a column of panels per region."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     figure = Figure(figsize=(max(9, 2.4 * len(runs)), 7.5))
     grid = figure.subplots(2, len(REGIONS), sharex=True, sharey="row")
@@ -58,7 +58,7 @@ def score_boxes(rows: list[dict], path, title: str):
         for axes, measure in zip(grid[:, column], ("dice", "hd95_mm"), strict=True):
             for place, run in enumerate(runs):
                 chosen = [row for row in rows if (row["run"], row["target"]) == (run, region)]
-                _strip_and_box(axes, place, [row for row in chosen if row[measure] is not None], measure)
+                _strip_and_box(axes, place, chosen, measure)
             axes.grid(alpha=0.3, axis="y")
         grid[0, column].set_title(region)
     above, below = grid[:, 0]
@@ -91,7 +91,7 @@ def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
 
 
 def _save_with_legend(figure, runs: list[str], path):
-    """With the looks of the runs below it, where long names have room."""
+    """Save a figure with the legend of the runs below it, where long names have room."""
     marks = [Line2D([], [], ls="none", label=run, **_look(place)) for place, run in enumerate(runs)]
     figure.legend(handles=marks, loc="lower center", ncols=4, frameon=False)
     lines = -(-len(runs) // 4)
@@ -104,13 +104,12 @@ def _look(place: int) -> dict:
 
 
 def _dot_size(count: int) -> dict:
-    """So small and faint that `count` dots can be told apart."""
+    """Small and faint enough that `count` dots can be distinguished."""
     return {"ms": 5, "alpha": 0.7} if count <= 200 else {"ms": 3, "alpha": 0.35}
 
 
 def dice_over_volume(rows: list[dict], path, title: str):
-    """Dice of every case over the true volume (logarithmic, with a place for 0), a panel per region; rows of one
-    space."""
+    """Dice of every case over the true volume (logarithmic, with a place for 0), a panel per region."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     figure = Figure(figsize=(13, 5))
     grid = figure.subplots(1, len(REGIONS), sharey=True)

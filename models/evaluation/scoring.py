@@ -1,6 +1,6 @@
-"""Predicted cases to scores and files, in processes of their own beside the one that runs the networks.
+"""From predicted cases to scores and files, in processes of their own beside the one that runs the networks.
 
-Whatever has the size of a volume is let go of as soon as it has been scored: a thousand cases take the memory of a few.
+Volumes are released as soon as they have been scored: a thousand cases take the memory of a few.
 """
 
 import zlib
@@ -62,7 +62,7 @@ class Scored:
 
 
 def scored(jobs: Iterator[Job], processes: int) -> Iterator[Scored]:
-    """What `score` makes of each job, in their order."""
+    """Yield `score(job)` for each job, in their order."""
     if processes < 2:
         yield from map(score, jobs)
         return
@@ -94,7 +94,8 @@ def score(job: Job) -> Scored:
 
 
 def ceiling_dice(job: Job) -> dict[str, float]:
-    """target -> Dice of the truth itself after the way to network space and back, as a certain prediction would go."""
+    """target -> Dice of the truth itself after the way to network space and back, the best that a prediction can
+    get."""
     certain = one_hot(torch.from_numpy(job.network_truth).long(), len(LABELS) + 1)  # [D, H, W, 4]
     certain = certain.movedim(-1, 0).float()
     back = native_label_map(certain, job.geometry)
@@ -102,7 +103,7 @@ def ceiling_dice(job: Job) -> dict[str, float]:
 
 
 def pack(label: np.ndarray) -> bytes:
-    """A label map [D, H, W] in the hundredth part of its size."""
+    """A label map [D, H, W] compressed to about a hundredth of its size."""
     shape = np.array(label.shape, np.int64).tobytes()
     return zlib.compress(shape + np.ascontiguousarray(label, np.uint8).tobytes(), 1)
 

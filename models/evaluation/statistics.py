@@ -1,4 +1,4 @@
-"""What a table of scores says: means with their intervals, paired comparisons of runs, calibration. Knows rows and
+"""Statistics of a table of scores: means with their intervals, paired comparisons of runs, calibration. Knows rows and
 arrays, not files.
 
 A row is one score as per_case.csv has it: KEYS, then a column per measure, None where a measure does not apply.
@@ -14,6 +14,7 @@ from models.brats import REGION_CHANNELS, REGIONS
 
 KEYS = ("run", "case", "space", "target", "empty", "trained_on")  # all other columns of a row are measures
 COMPARED = ("dice", "lesion2026_dice", "hd95_mm")  # the measures that runs are compared by
+FEW_CASES = 6  # with fewer, Wilcoxon's test cannot reach p < 0.05
 RESAMPLES = 5000  # they place the ends of an interval to within 4 % of the standard error
 BINS = 10  # of equal width, for the reliability of probabilities
 
@@ -21,13 +22,8 @@ BINS = 10  # of equal width, for the reliability of probabilities
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def main_rows(rows: list[dict]) -> list[dict]:
-    """The rows that figures and rankings are made of: those of native space, where there are any."""
-    return [row for row in rows if row["space"] == "native"] or rows
-
-
 def mean_region_dice(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """run -> case -> mean Dice of WT, TC and ET, of rows of one space: what ranks cases from worst to best."""
+    """run -> case -> mean Dice of WT, TC and ET: what ranks cases from worst to best."""
     dice = {}
     for row in rows:
         if row["target"] in REGIONS:
@@ -132,6 +128,13 @@ def compare(rows: list[dict], first: str, second: str) -> list[dict]:
                 "wilcoxon_p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
             })  # fmt: skip
     return compared
+
+
+def note_on_few_cases(compared: list[dict]) -> str:
+    """What a reader of `compare_runs` has to know where the cases are too few for a test; else ""."""
+    if min((row["cases"] for row in compared), default=FEW_CASES) >= FEW_CASES:
+        return ""
+    return f"Fewer than {FEW_CASES} cases are too few for any difference to reach p < 0.05."
 
 
 def holm(p_values: list[float]) -> list[float]:

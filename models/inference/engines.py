@@ -2,14 +2,14 @@
 
 An engine is made for one shape of input. It takes a float32 image [B, 4, D, H, W] on its device and returns logits
 [B, 4 or 3, D, H, W] in its own type; `models.inference.predict` takes one wherever it takes a network. `choose_engine`
-is --engine of the scripts that predict.
+implements --engine of the scripts that predict.
 
 A network that can compute its attention in several ways has a method `set_attention`, and one that has kernels of its
 own has `set_kernels`; see models.swinunetr.network.
 
-Half precision converts the weights: autocast converts them again in every pass and is no more exact. The memory layout
-and the kernels are chosen by measurement: with channels last, networks with instance norm can get slower. The choice is
-kept in the cache folder, as are the files of the engines that compile ahead of time.
+For half precision the weights are converted: autocast would convert them again in every pass and is no more exact. The
+memory layout and the kernels are chosen by measurement: with channels last, networks with instance norm can get slower.
+The choice is kept in the cache folder, as are the files of the engines that compile ahead of time.
 """
 
 import gc
@@ -71,7 +71,7 @@ class Engine:
     layout: str
     kernels: str  # "torch", or "triton" for this project's own
     shape: tuple[int, ...]
-    first_use_s: float = 0.0  # what it took to have it ready: conversion, compilation, export, the first run
+    first_use_s: float = 0.0  # until it was ready: conversion, compilation, export, the first run
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def load_engine(
     fallback: bool = True,
     calibration: Sequence[Tensor] = (),
 ) -> Engine:
-    """The one way from a trained run, an exported file or a network to an engine.
+    """An engine for a trained run, an exported file or a network.
 
     Args:
         source: a run's folder, its checkpoint, a `.pt2` file that the "aot" engine made, or a network.
         layout: one of LAYOUTS, or "auto": the faster of them here.
-        fallback: where the engine cannot run, say so on stderr and take the next slower one; else raise InputError.
+        fallback: if the engine cannot run, warn on stderr and take the next slower one; else raise InputError.
         calibration: for int8: images [4, D, H, W] in network space, see `quantisation.calibration_images`.
     """
     device = torch.device(device)
@@ -125,7 +125,7 @@ def load_engine(
             return _load(model, engine, dtype, layout, tuple(shape), device, Path(cache), calibration)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler has a thousand ways to fail, and each is a reason to do without it
+        except Exception as error:  # compilers fail in many ways, and each is a reason to do without them
             if not fallback:
                 raise
             log(f"Warning: {one_line(error)} Taking {FALLBACK[engine]} in place of {engine}.")
@@ -140,8 +140,8 @@ def choose_engine(
     it can run, is faster than the network's own modules and these would take a while, else the network. Measured once;
     the times are kept in `cache`.
 
-    "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless somebody asks for
-    something else, a score is that of the network as it was trained.
+    "openvino-int8" is calibrated with the training cases of `run`. "auto" never takes it: unless something else is
+    asked for, a score is that of the network as it was trained.
     """
     dtype = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     shape = (1, 4, size, size, size)
@@ -198,7 +198,7 @@ def _in_turns(networks: dict[str, Callable], image: Tensor, amp_dtype, turns: in
 
 
 class Variant(NamedTuple):
-    """What an engine is free to choose; the fastest is measured."""
+    """What is free to choose for an engine; the fastest variant is found by measurement."""
 
     layout: str  # a key of LAYOUTS
     kernels: str = "torch"  # or "triton": this project's own, for CUDA
@@ -225,7 +225,7 @@ def _load(
 
 
 def _make(model, engine: str, dtype: str, variant: Variant, image: Tensor, cache: Path, calibration=()) -> Engine:
-    # A file that has to run elsewhere cannot hold kernels of our own, and ONNX has no fused attention.
+    # A file that has to run elsewhere cannot contain our own kernels, and ONNX has no fused attention.
     attention = {"eager": "reference", "onnx": "reference", "openvino": "reference", "aot": "sdpa"}.get(engine, "auto")
     network = with_attention(model, attention).requires_grad_(False).to(image.device)
     if hasattr(network, "set_kernels"):
@@ -342,8 +342,8 @@ def with_attention(model: nn.Module, attention: str) -> nn.Module:
 
 
 def _stem(model, engine: str, dtype: str, image: Tensor, weights: bool) -> str:
-    """A file name that changes with everything that the file depends on: settings, code, torch, machine, and, where
-    `weights` says so, the weights: what was made of other weights is never found."""
+    """A file name that changes with everything that the content depends on: settings, code, torch, machine and, with
+    `weights`, the weights, so that what was made of other weights is never found."""
     digest = hashlib.sha256()
     settings = (FORMAT, model.config, tuple(image.shape), torch.__version__, torch.get_num_threads())
     digest.update(repr((settings, machine_of(image.device))).encode())

@@ -1,6 +1,6 @@
 """Networks as files that run without the code that made them: compiled ahead of time (.pt2), and ONNX.
 
-A `.pt2` file of ours carries a header, so that one that cannot run here is refused before any of it runs.
+Our `.pt2` files have a header, so that one that cannot run here is refused before any of it runs.
 """
 
 import json
@@ -40,16 +40,16 @@ def header_of(model, dtype: str, layout: str, image: Tensor) -> dict[str, str]:
     }
 
 
-def read_header(path: str | Path, device="cpu") -> dict[str, str]:
-    """What a `.pt2` file says of itself, read without running any of it. InputError for a file that is not one of ours,
-    or that another torch, another kind of GPU or another instruction set made."""
+def read_header(path: str | Path, device) -> dict[str, str]:
+    """The header of a `.pt2` file, read without running any of it. InputError for a file that is not one of ours, or
+    was made with another torch, or for another kind of GPU or instruction set."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("wrapper_metadata.json"))
             header = json.loads(archive.read(name))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
-    except (zipfile.BadZipFile, StopIteration, json.JSONDecodeError):
+    except (zipfile.BadZipFile, StopIteration, ValueError):
         header = {}
     if header.get("format") != FORMAT:
         raise InputError(f"{path}: damaged, or not a .pt2 file of this project's aot engine.")
@@ -60,6 +60,7 @@ def read_header(path: str | Path, device="cpu") -> dict[str, str]:
 
 
 def compiled_ahead_of_time(prepared: nn.Module, image: Tensor, path: Path, header: dict[str, str]) -> Callable:
+    """What runs the network, from the `.pt2` file `path`, which is made if it is missing."""
     if not path.is_file():
         with torch.no_grad():
             program = torch.export.export(prepared, (image,))
@@ -72,7 +73,7 @@ def compiled_ahead_of_time(prepared: nn.Module, image: Tensor, path: Path, heade
 
 
 def export_to_onnx(prepared: nn.Module, image: Tensor, path: Path, engine: str, dtype: str):
-    """Write the network to an `.onnx` file for one of the SESSIONS, unless it is there."""
+    """Write the network to an `.onnx` file for one of the SESSIONS, unless the file exists."""
     if path.is_file():
         return
     temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
@@ -124,7 +125,7 @@ def openvino_core():
 
 
 def openvino_session(path: Path, image: Tensor, dtype: str) -> Callable:
-    """What runs the network of an `.onnx` or an `.xml` file in this type, on a CPU."""
+    """A function that runs the network of an `.onnx` or `.xml` file in this type on a CPU."""
     settings = {
         # Without this hint OpenVINO computes in bf16 wherever the processor has it; of int8, what is not quantised.
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16", "int8": "f32"}[dtype],
@@ -139,16 +140,16 @@ SESSIONS = {"onnx": _onnx_session, "openvino": openvino_session}  # engine -> wh
 
 
 def check_export(run: Callable, prepared: nn.Module, image: Tensor, dtype: str, path: Path):
-    """Refuse and remove an exported file that labels voxels differently than the network it was made from."""
+    """Refuse and remove an exported file whose labels differ too much from those of the network it was made from."""
     with torch.inference_mode(), float32_multiplication(tf32=dtype == "tf32"):
         same = (labels_from_logits(run(image)) == labels_from_logits(prepared(image))).float().mean().item()
     if same < AGREEMENT[dtype]:
         path.unlink()
-        raise InputError(f"the exported network agrees with its original in {same:.2%} of the labels only.")
+        raise InputError(f"the exported network agrees with its original in only {same:.2%} of the labels.")
 
 
 def machine_of(device: torch.device) -> str:
-    """What compiled code depends on: the GPU, or the processor's architecture and vector instructions."""
+    """The machine that compiled code is for: the GPU, or the processor's architecture and vector instructions."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,5 +1,5 @@
-"""From a network, or an engine, and an image to probabilities and labels; and the one way from a raw case to a label
-map on its grid, which evaluation, benchmark and viewer share."""
+"""From a network, or an engine, and an image to probabilities and labels; and from a raw case to a label map on its
+grid, for evaluation, benchmark and viewer alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,18 +32,18 @@ WINDOWS_AT_ONCE = {"cpu": 1, "cuda": 2}
 
 @dataclass(frozen=True)
 class Member:
-    """A network, or an engine, and how it is to see an image."""
+    """A network, or an engine, and how images are passed to it."""
 
     network: Callable[[Tensor], Tensor]
     amp_dtype: torch.dtype | None = None  # of autocast; an engine has a type of its own
     window: tuple[int, ...] | None = None  # [D, H, W] voxels: an image of another size is predicted in windows
     overlap: float = 0.5  # of a window with the next one, as a share of its side
     weights: str = "gaussian"  # of a window's voxels in the mean over windows: less towards its faces; or "constant"
-    mirrored: tuple[int, ...] = ()  # axes of [4, D, H, W] that ran the other way where the network was trained
+    mirrored: tuple[int, ...] = ()  # axes of [4, D, H, W] that ran in the other direction in training
 
 
 def member_of(run: Run, network: Callable[[Tensor], Tensor], amp_dtype: torch.dtype | None = None) -> Member:
-    """The network of a run, or an engine made of it, used as the run's record says."""
+    """The network of a run, or an engine made from it, used as the run's record says."""
     recipe = dict(run.inference)
     axes = recipe.pop("axes", "RAS")
     mirrored = tuple(place for place, (own, ras) in enumerate(zip(axes, "RAS", strict=True), start=1) if own != ras)
@@ -66,7 +66,7 @@ def predict(
 
 @torch.inference_mode()
 def predict_all(members: list[Member], image: Tensor, flips: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The mean of what several networks predict, and how far they are apart. Memory does not grow with their number.
+    """The mean prediction of several networks, and its spread. Memory does not grow with their number.
 
     Args:
         image: [4, D, H, W] on the device of the networks.
@@ -137,7 +137,8 @@ def segment(
             in network space already.
         preprocessing: arguments of `to_network`, as in the training of the network (see runs.Run).
         device: of the network.
-        on_stage: called as each stage begins: "preprocess", "forward", "postprocess". What it raises ends the work.
+        on_stage: called as each stage begins: "preprocess", "forward", "postprocess". An exception that it raises ends
+            the work.
     """
     on_stage("preprocess")
     case = {"image": torch.from_numpy(image)} if affine is None else to_network(image, None, affine, **preprocessing)

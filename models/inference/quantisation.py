@@ -1,7 +1,7 @@
 """The OpenVINO engine in int8: weights and activations rounded to 8 bits after the training, with nncf.
 
-What range an activation gets is decided by a few images that the network was trained on, the calibration. The result
-is no longer quite the network as it was trained: it runs where it is asked for by name, and only if it labels like it.
+The ranges of the activations are found with a few training images, the calibration. The result is no longer quite the
+network as it was trained: it runs only if it is asked for by name, and only if its labels are nearly the same.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ AGREEMENT, TUMOUR_AGREEMENT = 0.99, 0.95
 
 
 def calibration_images(run: Run) -> list[Tensor]:
-    """Images [4, D, H, W] of training cases of a run, in the type in which they are stored and not read before they are
-    used. InputError where the run does not say which they are, or they are gone."""
+    """Images [4, D, H, W] of training cases of a run, in their stored type and not read before they are used.
+    InputError if the run does not say which they are, or if they are gone."""
     if run.data is None or not run.split:
         raise InputError(f"int8 cannot be calibrated: {run.folder / 'config.json'} names no training cases.")
     names = run.split["train"]
@@ -42,14 +42,14 @@ def calibration_images(run: Run) -> list[Tensor]:
 
 
 def quantise(exported: Path, image: Tensor, calibration: Sequence[Tensor]) -> Path:
-    """The network of an `.onnx` file in int8: an `.xml` file, with its weights in a `.bin` beside it, which OpenVINO
-    reads. It is made unless it is there.
+    """The network of an `.onnx` file in int8: an `.xml` file for OpenVINO, with its weights in a `.bin` file beside it.
+    It is made unless it exists.
 
     Args:
         image: any, of the shape that the network takes [B, 4, D, H, W].
         calibration: images [4, D, H, W]; another size is cropped to its middle, or padded.
 
-    Raises InputError without a calibration, and where the labels of its images change too much.
+    Raises InputError without a calibration, and if the labels of its images change too much.
     """
     if not calibration:
         raise InputError("int8 cannot be calibrated: that takes a run, with the cases that it was trained on.")
@@ -99,7 +99,7 @@ def as_input(image: Tensor, shape) -> Tensor:
 
 
 def refuse_other_labels(new: Callable, old: Callable, images: Iterable[Tensor]):
-    """InputError unless two networks label enough voxels of the images alike, also of those that either takes for
+    """InputError unless two networks label enough voxels of the images alike, and enough of those that either calls
     tumour."""
     counts = sum(label_counts(labels_from_logits(new(image)), labels_from_logits(old(image))) for image in images)
     same, voxels, same_in_tumour, in_tumour = counts.tolist()
@@ -112,8 +112,8 @@ def refuse_other_labels(new: Callable, old: Callable, images: Iterable[Tensor]):
 
 
 def label_counts(new: Tensor, old: Tensor) -> Tensor:
-    """Voxels, int64 [4]: those that two label maps label alike, all, and the same of those that either takes for
-    tumour."""
+    """Numbers of voxels, int64 [4]: those that two label maps label alike, all; and both again, of those that either
+    calls tumour."""
     same, tumour = new == old, (new > 0) | (old > 0)
     return torch.stack([same.sum(), torch.tensor(same.numel()), (same & tumour).sum(), tumour.sum()])
 

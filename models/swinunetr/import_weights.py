@@ -46,16 +46,14 @@ NUMPY_GLOBALS = [
 ]
 
 
-def import_state_dict(checkpoint: dict, modalities=PUBLISHED_MODALITIES) -> dict[str, Tensor]:
-    """MONAI weights (a state dict, or a dict that holds one as "state_dict") with the input channels in our order.
+def import_state_dict(checkpoint: dict) -> dict[str, Tensor]:
+    """Published weights (a state dict, or a dict that holds one as "state_dict") with the input channels in our order.
 
-    `modalities` is the order that they were trained with. Anything that is not such weights is an InputError.
+    Anything that is not such weights is an InputError.
     """
-    if sorted(modalities) != sorted(MODALITIES):
-        raise InputError(f"modalities {tuple(modalities)}: expected {', '.join(MODALITIES)} in some order.")
     weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
     weights = {str(name).removeprefix("module."): weight for name, weight in weights.items()}
-    order = [modalities.index(modality) for modality in MODALITIES]
+    order = [PUBLISHED_MODALITIES.index(modality) for modality in MODALITIES]
     for name in IMAGE_LAYERS:
         weight = weights.get(name)
         if not isinstance(weight, Tensor) or weight.dim() != 5 or weight.shape[1] != len(MODALITIES):
@@ -64,13 +62,11 @@ def import_state_dict(checkpoint: dict, modalities=PUBLISHED_MODALITIES) -> dict
     return weights
 
 
-def load_monai_weights(
-    path: str | Path, modalities=PUBLISHED_MODALITIES, legacy_merging: bool = True
-) -> tuple[nn.Module, dict]:
-    """The network of a MONAI checkpoint file in evaluation mode, its input channels in our order, and the checkpoint.
+def load_published(path: str | Path) -> tuple[nn.Module, dict]:
+    """The network of a published checkpoint file in evaluation mode, its input channels in our order; the checkpoint.
 
-    Feature size, window size, depths, heads, output channels and V2 are read off the weights. Say
-    `legacy_merging=False` for weights that were trained with MONAI 1.5 or later.
+    Feature size, window size, depths, heads, output channels and V2 are read off the weights. Patches are merged in the
+    order of MONAI before 1.5, with which they were trained. InputError for any other file.
     """
     try:
         with torch.serialization.safe_globals(NUMPY_GLOBALS):
@@ -78,10 +74,10 @@ def load_monai_weights(
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for a bad file
-        raise InputError(f"{path}: damaged or no weights ({one_line(error, 80)}).") from None
+        raise InputError(f"{path}: damaged, or not a file of weights ({one_line(error, 80)}).") from None
     try:
-        weights = import_state_dict(checkpoint, modalities)
-        model = build_model("swinunetr", **settings_of(weights), legacy_merging=legacy_merging)
+        weights = import_state_dict(checkpoint)
+        model = build_model("swinunetr", **settings_of(weights), legacy_merging=True)
         model.load_state_dict(weights, strict=True)
     except (InputError, KeyError, RuntimeError) as error:
         raise InputError(f"{path}: {one_line(error, 200)}") from None
@@ -114,8 +110,8 @@ def import_run(path: Path, name: str) -> Path:
     """
     folder = choose_folder("swinunetr", name)
     if any((folder / checkpoint).exists() for checkpoint in ("best.pt", "last.pt")):
-        raise InputError(f"{folder} holds a run already. Choose another --run-name.")
-    model, checkpoint = load_monai_weights(path)
+        raise InputError(f"{folder} already holds a run. Choose another --run-name.")
+    model, checkpoint = load_published(path)
     outputs = model.config["out_channels"]
     if outputs != len(REGION_CHANNELS):
         raise InputError(f"{path}: has {outputs} outputs, but the published folds have {len(REGION_CHANNELS)}, the "

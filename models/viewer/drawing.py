@@ -1,4 +1,4 @@
-"""What the viewer draws anew with every slice, straight to the pixels of the screen: pictures of slices and labels, and
+"""What the viewer redraws with every slice, straight to the pixels of the screen: pictures of slices and labels, and
 lines of text. matplotlib's own images and texts look the same and take five to ten times as long."""
 
 from math import ceil, floor
@@ -21,8 +21,8 @@ GREYS[:, 3] = 255
 
 
 def box_in_picture(mask: np.ndarray, plane: str) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what a mask [D, H, W] covers in the pictures of a plane, with all slices seen
-    through at once; of the whole picture where it covers nothing."""
+    """Top, bottom, left and right of what the slices of a mask [D, H, W] along a plane cover together; those of the
+    whole picture if they cover nothing."""
     shadow = slice_view(mask.any(axis=PLANES[plane], keepdims=True), plane, 0)
     if not shadow.any():
         return 0, shadow.shape[0], 0, shadow.shape[1]

@@ -1,4 +1,4 @@
-"""What the viewer shows of a case: its image, its label maps, and what is written about them; and how it is loaded."""
+"""What the viewer shows of a case: image, label maps and the text about them; and how it is loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from models.volumes import read_case
 
 @dataclass
 class Scene:
-    """What there is to see, with RAS axes: image [4, D, H, W], label maps [D, H, W] by name (truth, prediction)."""
+    """A case with RAS axes: image [4, D, H, W], label maps [D, H, W] by name (truth, prediction)."""
 
     name: str
     image: np.ndarray
@@ -28,8 +28,8 @@ class Scene:
     affine: object = None  # of the original file; None in network space
     native_shape: tuple = ()
     scheme: str = ""
-    scores: str = ""  # the Dice of each region, where there are truth and prediction
-    timing: str = ""  # what the prediction took, where it was made here
+    scores: str = ""  # the Dice of each region, if there are truth and prediction
+    timing: str = ""  # milliseconds of the prediction, if it was made here
     windows: list = field(default_factory=list)  # per modality, the intensities shown as black and white
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ def load_raw(case: Case) -> Scene:
 
 
 def load_tensor(path: Path) -> Scene:
-    """The scene of a preprocessed case; it is called as its file is."""
+    """The scene of a preprocessed case, named after its file."""
     from models.preprocessing import network_spacing_mm  # imports torch: seconds that a raw case does not need
     from models.tensors import load_case  # imports torch
 

@@ -1,4 +1,4 @@
-"""Predictions in the viewer: a case goes through a trained network and comes back with label map, Dice and times."""
+"""Predictions in the viewer: a trained network adds label map, Dice and times to a scene."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ STAGES = {"preprocess": "preprocessing", "forward": "network", "postprocess": "b
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A run, and what computes its predictions here."""
+    """A run, and the network or engine that predicts with it."""
 
     run: Run
-    network: object  # in evaluation mode; or an engine
+    network: Callable[[torch.Tensor], torch.Tensor]  # in evaluation mode; or an engine
     device: torch.device
     amp_dtype: torch.dtype | None
 

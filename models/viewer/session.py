@@ -13,16 +13,16 @@ POLL_MS = 150  # between two checks of the thread
 
 
 class Abandoned(Exception):
-    """The user has gone on: nobody waits for this work any more."""
+    """The user has moved on: the result of this work is no longer wanted."""
 
 
 class Session:
-    """Steps through cases in a viewer. Loading and segmenting happen in a thread, one case at a time, and the window
-    checks regularly how far it has got; only the latest request counts.
+    """Steps through cases in a viewer. Loading and segmenting happen in a thread, one case at a time, whose progress
+    the window polls; only the latest request counts.
 
     Args:
         loaders: case name -> function that returns its Scene. The viewer shows one of them already.
-        segment: segment(scene, report) returns the scene with a prediction, calling report(text) as it gets on; or
+        segment: segment(scene, report) returns the scene with a prediction, calling report(text) as it proceeds; or
             None.
     """
 

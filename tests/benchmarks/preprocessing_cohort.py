@@ -8,7 +8,6 @@ The cases are hard links to one of 24^3 voxels, preprocessed to 8^3. Memory is t
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import write_raw_case
 from preprocessing_speed import processor
 
-from models.files import git_commit
+from models.files import git_commit, write_csv
 
 
 def make_cohort(folder: Path, count: int):
@@ -66,10 +65,7 @@ def main():
                      "second_run_s": f"{again_s:.2f}", "processor": processor(), "commit": git_commit(),
                      "date": date.today().isoformat()})  # fmt: skip
         print(rows[-1])
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from models.cases import find_cases, scheme_of
+from models.files import write_csv
 from models.labels import to_training_labels
 from models.metrics import confusion, dice_per_target
 from models.preprocessing import to_native, to_network
@@ -39,10 +39,7 @@ def main():
         chosen = [row for row in rows if row["size"] == size]
         print(size, {target: min(row[target] for row in chosen) for target in list(rows[0])[2:]}, "lowest Dice")
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

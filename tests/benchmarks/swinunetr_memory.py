@@ -9,7 +9,6 @@ backward and update (models/cost.py), as a CUDA device would hold them; without 
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
 from models import build_model
 from models.cost import GIB, training_peak_gib
-from models.files import git_commit
+from models.files import git_commit, write_csv
 from models.losses import make_loss
 
 NETWORKS = {
@@ -76,12 +75,8 @@ def main():
                 print(f"{size:4} {feature_size:12} {precision:>9}  " + "  ".join(f"{cell:>21}" for cell in cells))
     if args.csv:
         device = torch.cuda.get_device_name() if args.measure else "meta"
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "device", "torch", "commit"], lineterminator="\n")
-            writer.writeheader()
-            extra = {"device": device, "torch": torch.__version__, "commit": git_commit()}
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (row | extra).items()}
-                             for row in rows)  # fmt: skip
+        extra = {"device": device, "torch": torch.__version__, "commit": git_commit()}
+        write_csv(args.csv, [row | extra for row in rows])
 
 
 if __name__ == "__main__":
