@@ -27,11 +27,12 @@ ENGINES = "models/benchmark/results"
 FOLDS = "models/unet/results/phantoms-real-96-fold0"  # holds the cross-validation of both networks
 NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
 ROWS = {network: f"{network}-phantoms-real-96" for network in NETWORKS}  # what the folds are called there
-BEGINNINGS = {
-    "unet": {"baseline-real-96": "60 epochs, learning rate 1e-3", "unet-real-96": "100 epochs",
-             "unet-phantoms-real-96": "60 epochs, from weights of phantoms"},
-    "swinunetr": {"swinunetr-real-96": "40 epochs",
-                  "swinunetr-phantoms-real-96": "40 epochs, from weights of phantoms"},
+BEGINNINGS = {  # network -> name of the cross-validated runs, name in their table, what they were
+    "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+             ("real-96", "real-96", "100 epochs"),
+             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
+    "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
+                  ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
 SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
 REGIONS = ("WT", "TC", "ET")
@@ -289,20 +290,17 @@ def change_of_labels(rows: list[dict], others: list[dict]) -> str:
 
 def beginnings() -> list[str]:
     """What the cross-validation at 96^3 owes to the learning rate and to weights from phantoms, in native space."""
-    path = f"{TESTS}/cross_validation.csv"
-    runs = {}
-    for row in read(path):
-        scored = {"case": row["case"], "target": row["target"], "dice_last": row["dice"],
-                  "true_voxels": float(row["true_ml"]) > 0}  # fmt: skip
-        runs.setdefault(row["run"], []).append(scored)
     lines = []
-    for network, trained in BEGINNINGS.items():
-        first = runs[next(iter(trained))]
-        for name, what in trained.items():
-            cells = [f"{mean:.3f}" for mean in label_means(runs[name])]
-            compared = "-" if runs[name] is first else change_of_labels(first, runs[name])
-            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared])
-    lines = [[*line, source(path, [commit_of(FOLDS)]) if not index else ""] for index, line in enumerate(lines)]
+    for network, trainings in BEGINNINGS.items():
+        first = None
+        for runs, name, what in trainings:
+            path = f"models/unet/results/{runs}-fold0/evaluation-cross-validation/per_case.csv"
+            rows = [{"case": row["case"], "target": row["target"], "dice_last": row["dice"],
+                     "true_voxels": float(row["true_ml"]) > 0} for row in read(path, run=name)]  # fmt: skip
+            first = first or rows
+            compared = "-" if rows is first else change_of_labels(first, rows)
+            link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
+            lines.append([f"{NETWORKS[network]}, {what}", *(f"{mean:.3f}" for mean in label_means(rows)), compared, link])
     return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
                  lines)  # fmt: skip
 
@@ -393,7 +391,7 @@ TABLES = {make.__name__: make for make in (commands, headlines, stages, engines,
 
 def beside(make) -> list[str]:
     """A table for a file in tests/benchmarks/."""
-    return [line.replace(f"]({TESTS}/", "](results/") for line in make()]
+    return [line.replace(f"]({TESTS}/", "](results/").replace("](models/", "](../../models/") for line in make()]
 
 
 FURTHER = (factors, beginnings, starts, scaling, robustness)
