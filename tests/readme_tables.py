@@ -300,7 +300,8 @@ def beginnings() -> list[str]:
             first = first or rows
             compared = "-" if rows is first else change_of_labels(first, rows)
             link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
-            lines.append([f"{NETWORKS[network]}, {what}", *(f"{mean:.3f}" for mean in label_means(rows)), compared, link])
+            cells = [f"{mean:.3f}" for mean in label_means(rows)]
+            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
     return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
                  lines)  # fmt: skip
 
