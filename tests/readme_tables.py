@@ -390,15 +390,17 @@ def robustness() -> list[str]:
 TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights)}
 
 
-def beside(make) -> list[str]:
-    """A table for a file in tests/benchmarks/."""
-    return [line.replace(f"]({TESTS}/", "](results/").replace("](models/", "](../../models/") for line in make()]
+def elsewhere(up: str, make, *arguments) -> list[str]:
+    """A table for a file that is `up` from the README."""
+    return [line.replace("](", f"]({up}") for line in make(*arguments)]
 
 
 FURTHER = (factors, beginnings, starts, scaling, robustness)
-MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(beside, make) for make in FURTHER}}
+MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
-    ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {"scores": partial(cross_validation, network)}
+    ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {
+        "scores": partial(elsewhere, "../../../../", cross_validation, network)
+    }
     for network in NETWORKS
 }
 
