@@ -395,7 +395,7 @@ def elsewhere(up: str, make, *arguments) -> list[str]:
     return [line.replace("](", f"]({up}") for line in make(*arguments)]
 
 
-FURTHER = (factors, beginnings, starts, scaling, robustness)
+FURTHER = (beginnings, factors, starts, scaling, robustness)
 MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {

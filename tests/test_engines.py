@@ -347,6 +347,7 @@ def test_the_faster_of_the_modules_and_openvino_predicts_and_is_remembered(
         return {"openvino": 1.0 if faster == "openvino" else 3.0, "modules": 2.0}
 
     monkeypatch.setattr(engines, "_in_turns", in_turns)
+    tmp_path = tmp_path / "cache"  # made when it is needed
     few, many = 29_999, 30_000  # passes of 2 ms: almost a minute, and a minute
     assert engines.choose_engine(unet, "auto", None, 32, CPU, few, tmp_path) is unet
     chosen = engines.choose_engine(unet, "auto", None, 32, CPU, many, tmp_path)

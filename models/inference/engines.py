@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -158,7 +159,7 @@ def choose_engine(
         median_ms = json.loads(path.read_text())
     else:
         median_ms = _in_turns({"modules": model}, image, amp_dtype, turns=1)
-        write_atomically(path, json.dumps(median_ms))
+        _keep(path, median_ms)
     if passes * median_ms["modules"] < 1e3 * WORTH_S:
         return model
     made = None
@@ -170,11 +171,18 @@ def choose_engine(
             return model
     if "openvino" not in median_ms:
         median_ms = _in_turns({"openvino": made, "modules": model}, image, amp_dtype)
-        write_atomically(path, json.dumps(median_ms))
+        _keep(path, median_ms)
     fastest = min(median_ms, key=median_ms.get)
     measured = ", ".join(f"{name} {ms:.0f} ms" for name, ms in median_ms.items())
     log(f"{model.network} in {dtype}, {size}^3 voxels: {measured} (see {path}): taking {fastest}.")
     return made if fastest == "openvino" else model
+
+
+def _keep(path: Path, median_ms: dict[str, float]):
+    """Write the times for the next time; where nothing can be written, they are measured again then."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(median_ms))
 
 
 def engine_name(network) -> str:
