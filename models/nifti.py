@@ -29,6 +29,7 @@ HEADER_BYTES, HEADER_2_BYTES = 348, 540  # of NIfTI-1 and NIfTI-2, which begin w
 LARGEST_COMPRESSION = 1032  # of the gzip format: a file that promises more is not whole
 SAME_AFFINE = 1e-2  # mm that the elements of two affines may differ by: headers are rounded
 SMALLEST_VOXEL_MM = 0.2  # its longest side: no scanner makes heads of smaller ones, but centimetres taken for mm do
+THINNEST_VOXEL_MM = 0.01  # its shortest side: the resampled volume would have no voxels along it
 LARGEST_EXTENT_MM = 700  # of a volume along an axis: a scanner sees 500, and at 1 mm more takes minutes and gigabytes
 
 # ---- grids ---------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def _checked_affine(path: Path, header) -> np.ndarray:
     if not (abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(sizes) and np.isfinite(affine).all()):
         raise InputError(f"{path}: its affine is singular, so the voxels have no place in space. Repair the header.")
     extent = max(size * count for size, count in zip(sizes, header.get_data_shape(), strict=False))
-    if sizes.max() < SMALLEST_VOXEL_MM or extent > LARGEST_EXTENT_MM:
+    if sizes.max() < SMALLEST_VOXEL_MM or sizes.min() < THINNEST_VOXEL_MM or extent > LARGEST_EXTENT_MM:
         raise InputError(f"{path}: says that its voxels are {' x '.join(f'{size:.4g}' for size in sizes)} mm large, "
                          f"{extent:.4g} mm in all, which is no head. Repair the header, or its units.")  # fmt: skip
     sform = header.get_sform(coded=True)[0]
@@ -218,7 +219,8 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         return voxels, affine
     with np.errstate(invalid="ignore"):  # NaN, and numbers that int16 cannot hold, differ from what they become
         label = np.rint(voxels).astype(np.int16)
-    if not (np.abs(label - voxels) <= 1e-3).all():
+        whole = (np.abs(label - voxels) <= 1e-3).all()
+    if not whole:
         raise InputError(f"{path}: holds values that are not whole numbers. Give a label map, not a probability map.")
     return label, affine
 

@@ -52,6 +52,12 @@ def test_a_head_of_another_size_than_any_head_is_refused_with_that_size(tmp_path
         read_nifti(tmp_path / "a.nii")
 
 
+def test_an_axis_along_which_voxels_have_no_extent_is_refused(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(make_head()[0]["t1"], np.diag([1, 1, 1e-30, 1])), tmp_path / "a.nii")
+    with pytest.raises(InputError, match="1 x 1 x 1e-30 mm large.*no head"):
+        read_nifti(tmp_path / "a.nii")
+
+
 def test_what_is_shorter_than_a_header_is_told_as_that(tmp_path):
     (tmp_path / "a.nii.gz").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InputError, match=r"ends within its header, after 42 bytes\).*copy it again"):

@@ -116,9 +116,11 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, damage):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_segmentation_of_fractions_is_refused(tmp_path):
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("instead_of_1", [0.5, np.nan, np.inf])
+def test_a_segmentation_of_what_are_no_labels_is_refused(tmp_path, instead_of_1):
     folder, _, label = write_raw_case(tmp_path, "C")
-    rewrite(folder / "C_seg.nii.gz", label.astype(np.float32) * 0.5)
+    rewrite(folder / "C_seg.nii.gz", np.where(label == 1, instead_of_1, label).astype(np.float32))
     with pytest.raises(InputError, match="not whole numbers"):
         read_only_case(tmp_path)
 
