@@ -54,7 +54,7 @@ def test_a_head_of_another_size_than_any_head_is_refused_with_that_size(tmp_path
 
 def test_an_axis_along_which_voxels_have_no_extent_is_refused(tmp_path):
     nibabel.save(nibabel.Nifti1Image(make_head()[0]["t1"], np.diag([1, 1, 1e-30, 1])), tmp_path / "a.nii")
-    with pytest.raises(InputError, match="1 x 1 x 1e-30 mm large.*no head"):
+    with pytest.raises(InputError, match=r"1 x 1 x 1e-30 mm large.*no head"):
         read_nifti(tmp_path / "a.nii")
 
 
