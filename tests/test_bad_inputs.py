@@ -8,6 +8,7 @@ import pytest
 import torch
 from bad_inputs import in_sandbox
 from conftest import ROOT
+from fuzz_readers import CORPUS, reader_of
 
 from models.errors import InputError
 from models.records import misfit
@@ -80,3 +81,9 @@ def test_the_code_in_a_file_does_not_run(tmp_path, read, write):
 ])  # fmt: skip
 def test_what_does_not_have_its_form_is_named(value, form, wrong):
     assert misfit(value, form) == wrong
+
+
+@pytest.mark.filterwarnings("ignore::models.errors.InputWarning")
+@pytest.mark.parametrize("seed", sorted(CORPUS.glob("*/*")), ids=lambda seed: f"{seed.parent.name}-{seed.name}")
+def test_a_seed_of_the_fuzzer_is_read_or_refused(seed):
+    reader_of(seed.parent.name)(seed.read_bytes())  # anything but InputError goes through
