@@ -230,7 +230,7 @@ def small_et_ml(part: Part, members: list[Member], options: Options, device: tor
     """The volume of --small-et for some runs: the one that is best on their validation cases."""
     cases = []
     for name in part.runs[0].split["validation"]:
-        item = prepared_item(part.runs[0].data / f"{name}.pt", None)
+        item = prepared_item((part.data or part.runs[0].data) / f"{name}.pt", None)
         label = label_map(predict_all(members, item.image.to(device), options.tta)[0]).cpu()
         dice, volumes = (measure(confusion(label, item.label)) for measure in (dice_per_target, volumes_per_target))
         _, predicted, true = volumes["ET"]
