@@ -310,7 +310,8 @@ def _resample(voxels: torch.Tensor, window, clip: bool, positions: list[np.ndarr
     result = torch.empty([len(position) for position in positions])
     for start in range(0, len(first), SLAB):  # at once, a large volume would take several times its own memory
         place = first[start : start + SLAB]
-        low, high = max(0, math.floor(place[0])), math.ceil(place[-1]) + 1
+        # A head of less than a resampled voxel lies beside its centre.
+        low, high = min(max(0, math.floor(place[0])), len(voxels) - 1), math.ceil(place[-1]) + 1
         slab, places = voxels[low:high], [place - low, *others]
         foreground = (slab != 0).float()[None]
         value = _sample(normalise(slab, window, clip)[None], places, "linear")
