@@ -242,12 +242,13 @@ def weights() -> list[str]:
         folder = f"models/{network}/results/pretrained"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
         epochs, side = record["arguments"]["epochs"], record["size"][0]
+        after = " after synthetic heads" if "initial_weights" in record else ""
         chosen = [row for row in rows if row["run"] == ROWS[network]]
         means = {region: fmean(float(row["dice"]) for row in chosen if row["target"] == region) for region in REGIONS}
         lines.append([
             f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
             f"{(ROOT / folder / 'best.pt').stat().st_size / 1e6:.1f} MB",
-            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs", dice(means, ""),
+            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs{after}", dice(means, ""),
             f"[card]({folder}/MODEL_CARD.md) `{record['git_commit'][:7]}`",
         ])  # fmt: skip
     return table("name, network, file, trained on, Dice of the same training cross-validated, more", lines)
@@ -382,7 +383,8 @@ def robustness() -> list[str]:
                   source(f"{TESTS}/bad_inputs.csv", bad[:1])])  # fmt: skip
     last = {row["reader"]: row for row in read(f"{TESTS}/fuzz.csv")}  # what was found before is mended
     for row in last.values():
-        lines.append([f"the reader of a {FUZZED[row['reader']]} fuzzed, {float(row['minutes']):.0f} min",
+        lines.append([f"the reader of a {FUZZED[row['reader']]} fuzzed, {float(row['minutes']):.0f} min, "
+                      f"{float(row['cpu_minutes']):.1f} of a processor",
                       f"{int(row['executions']):,} inputs", "nothing found" if row["findings"] == "0" else "a finding",
                       source(f"{TESTS}/fuzz.csv", [row])])  # fmt: skip
     return table("what, tried, outcome, source", lines)
