@@ -29,6 +29,7 @@ def run(main):
         number, text = error.args or (signal.SIGINT, "Interrupted.")
         if text:
             print(text, file=sys.stderr)
+        _kill_workers()
         sys.exit(128 + number)
     except BrokenPipeError:  # `| head` closed the pipe: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,9 +60,18 @@ def _say_error(text: str):
 
 
 def _end(status: int):
+    _kill_workers()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(status)  # the threads of torch.distributed, which still wait for the others, abort an orderly end
     sys.exit(status)
+
+
+def _kill_workers():
+    """Workers that still read or score cases: Python would end them with a signal that they leave to this process, and
+    wait for them for ever."""
+    if "multiprocessing" in sys.modules:
+        for worker in sys.modules["multiprocessing"].active_children():
+            worker.kill()
 
 
 def _misses_a_process(error: RuntimeError) -> bool:
