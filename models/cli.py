@@ -70,6 +70,8 @@ def _kill_workers():
     """Workers that still read or score cases: Python would end them with a signal that they leave to this process, and
     wait for them for ever."""
     if "multiprocessing" in sys.modules:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports a killed worker as an error
         for worker in sys.modules["multiprocessing"].active_children():
             worker.kill()
 
