@@ -104,10 +104,11 @@ def test_the_command_line_writes_cases_and_refuses_nonsense(tmp_path):
         command = [sys.executable, "-m", "models.phantom", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    done = run(str(tmp_path / "out"), "--cases", "1", "--layout", "msd")
+    done = run(str(tmp_path / "out"), "--cases", "1", "--first", "900", "--layout", "msd")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/dataset.json").read_text())["numTraining"] == 1
-    assert len(find_cases(tmp_path / "out")) == 1
+    assert [case.name for case in find_cases(tmp_path / "out")] == ["BRATS_901"]  # this data set counts from 1
+    assert run(str(tmp_path / "x"), "--first", "-1").returncode == 2
     assert run(str(tmp_path / "x"), "--cases", "0").returncode == 2
     (tmp_path / "file").touch()
     assert run(str(tmp_path / "file")).returncode == 2
