@@ -2,6 +2,7 @@
 # BRATS_REAL_CASES=FOLDER both use the real cases of that folder, too.
 PYTHON ?= python3
 RUN = .venv/bin/python
+SEED = 0
 
 .PHONY: demo test test-all clean
 
@@ -15,8 +16,9 @@ demo: .venv/ready
 		$(RUN) view_interactive_4pane_brats.py "$$BRATS_REAL_CASES" --run unet --save demo/patient_by_unet.png
 	$(RUN) preprocess_brats.py demo/raw demo/tensors --size 64
 	$(RUN) view_interactive_4pane_brats.py demo/tensors/BraTS2021_01000.pt --save demo/preprocessed_case.png
-	$(RUN) train_unet.py demo/tensors --epochs 28 --run-name demo
-	$(RUN) train_swinunetr.py demo/tensors --feature-size 12 --window-size 4 --epochs 6 --run-name demo
+	$(RUN) train_unet.py demo/tensors --epochs 28 --seed $(SEED) --run-name demo
+	$(RUN) train_swinunetr.py demo/tensors --feature-size 12 --window-size 4 --epochs 6 --seed $(SEED) \
+		--run-name demo
 	$(RUN) evaluate.py models/unet/results/demo models/swinunetr/results/demo --ensemble \
 		--save-nifti demo/predictions --out demo/comparison
 	@echo; echo "Pictures and tables of this demo:"

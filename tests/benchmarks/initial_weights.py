@@ -4,7 +4,7 @@
   python preprocess_brats.py REAL DATA --size 64 --folds 4 --test-share 0
   python -m models.phantom PHANTOMS --cases 32
   python preprocess_brats.py PHANTOMS PHANTOM_DATA --size 64 --test-share 0
-  python tests/benchmarks/initial_weights.py DATA PHANTOM_DATA
+  python tests/benchmarks/initial_weights.py DATA PHANTOM_DATA --seeds 0 1 2
 
 Of each fold of DATA, its own cases are scored and those of the next fold are what somebody has: the U-Net is trained on
 these alone for --epochs epochs, from random weights, from weights that were trained on the patients of the other folds,
@@ -77,29 +77,35 @@ def rows_of(checkpoint: Path, data: Path, scored: list[str], described: dict) ->
     return rows
 
 
+def measure(data: Path, phantoms: Path, folds: list[list[str]], epochs: int, seed: int, path: Path):
+    """Train and score everything with one seed."""
+    weights = {"phantoms": train(phantoms, f"init-phantoms-s{seed}", WEIGHTS_EPOCHS, seed)}
+    for fold, scored in enumerate(folds):
+        own, others = folds[(fold + 1) % len(folds)], [case for other in folds for case in other]
+        others = [case for case in others if case not in (*own, *scored)]
+        there = subset(data, f"others{fold}", others, scored)
+        weights["patients"] = train(there, f"init-patients{fold}-s{seed}", WEIGHTS_EPOCHS, seed)
+        here = subset(data, f"own{fold}", own, scored)
+        for start in STARTS:
+            described = {"start": start, "epochs": epochs, "seed": seed, "fold": fold, "own": len(own)}
+            init = ["--init", str(weights[start])] if start in weights else []
+            last = train(here, f"init-{start}-e{epochs}-s{seed}-own{fold}", epochs, seed, *init)
+            append_rows(path, rows_of(last, here, scored, described))
+            if init:
+                append_rows(path, rows_of(weights[start], here, scored, described | {"epochs": 0, "own": 0}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("phantoms", type=Path, help="preprocessed phantoms")
     parser.add_argument("--epochs", type=int, default=10, help="of the short trainings")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args()
     folds = [fold["validation"] for fold in json.loads((args.data / "splits.json").read_text())["folds"]]
-    weights = {"phantoms": train(args.phantoms, "init-phantoms", WEIGHTS_EPOCHS, args.seed)}
-    for fold, scored in enumerate(folds):
-        own, others = folds[(fold + 1) % len(folds)], [case for other in folds for case in other]
-        others = [case for case in others if case not in (*own, *scored)]
-        there = subset(args.data, f"others{fold}", others, scored)
-        weights["patients"] = train(there, f"init-patients{fold}", WEIGHTS_EPOCHS, args.seed)
-        here = subset(args.data, f"own{fold}", own, scored)
-        for start in STARTS:
-            described = {"start": start, "epochs": args.epochs, "seed": args.seed, "fold": fold, "own": len(own)}
-            init = ["--init", str(weights[start])] if start in weights else []
-            last = train(here, f"init-{start}-e{args.epochs}-s{args.seed}-own{fold}", args.epochs, args.seed, *init)
-            append_rows(args.csv, rows_of(last, here, scored, described))
-            if init:
-                append_rows(args.csv, rows_of(weights[start], here, scored, described | {"epochs": 0, "own": 0}))
+    for seed in args.seeds:
+        measure(args.data, args.phantoms, folds, args.epochs, seed, args.csv)
     print_table(list(csv.DictReader(args.csv.open(newline=""))))
 
 
