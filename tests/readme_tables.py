@@ -5,69 +5,41 @@
   python tests/readme_tables.py        (writes them anew; a table whose CSV is missing is named and left as it is)
 """
 
-import csv
 import json
 import re
 import sys
 from functools import partial
-from pathlib import Path
-from statistics import fmean, median
 
-import numpy as np
+from table_cells import (
+    NETWORKS,
+    REGIONS,
+    ROOT,
+    SETS,
+    TESTS,
+    by_set,
+    dice_of_folds,
+    folds_of,
+    instruction_set,
+    middle,
+    over_seeds,
+    read,
+    regions_over_seeds,
+    seconds,
+    source,
+    source_of_folds,
+    table,
+)
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.evaluation.statistics import mean_interval  # noqa: E402
-from tests.benchmarks import recipe  # noqa: E402
+import recipe_tables
+
+from models.evaluation.statistics import mean_interval
 
 README = ROOT / "README.md"
-TESTS = "tests/benchmarks/results"
 ENGINES = "models/benchmark/results"
-FOLDS = "models/unet/results/phantoms-real-96-fold0"  # holds the cross-validation of both networks
-NETWORKS = {"unet": "U-Net", "swinunetr": "Swin UNETR"}
-ROWS = {network: f"{network}-phantoms-real-96" for network in NETWORKS}  # what the folds are called there
-BEGINNINGS = {  # network -> name of the cross-validated runs, name in their table, what they were
-    "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
-             ("real-96", "real-96", "100 epochs"),
-             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
-    "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
-                  ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
-}  # fmt: skip
-SETS = ("AVX2", "AVX-512 with bf16")  # the instruction sets that have a column
-REGIONS = ("WT", "TC", "ET")
 FUZZED = {"nifti": "NIfTI file", "case": "case", "tensor": "tensor file", "checkpoint": "checkpoint"}
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-def read(path: str, device: str = "", **wanted: str) -> list[dict]:
-    """The rows of a CSV file that have the `wanted` values. With the name of the column that tells the `device`, only
-    those of the last commit that measured each device: benchmarks append."""
-    with (ROOT / path).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if device:
-        last = {row[device]: row["commit"] for row in rows}
-        rows = [row for row in rows if row["commit"] == last[row[device]]]
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def instruction_set(device: str) -> str:
-    """One of SETS, from "AMD EPYC (AVX2), 2 threads", "AMD EPYC (avx512_bf16)" or "avx512_bf16"; else the device."""
-    name = (re.findall(r"\(([^()]*)\)", device) or [device])[-1].upper()
-    if "AVX2" in name:
-        return SETS[0]
-    return SETS[1] if "AVX512" in name and "BF16" in name else device
-
-
-def by_set(rows: list[dict], device: str = "device") -> dict[str, list[dict]]:
-    groups = {}
-    for row in rows:
-        groups.setdefault(instruction_set(row[device]), []).append(row)
-    return groups
-
-
-def middle(rows: list[dict], column: str) -> float:
-    return median(float(row[column]) for row in rows)
 
 
 def swinunetr_speed(mode: str, dtype: str) -> list[dict]:
@@ -90,30 +62,6 @@ def counted_gib(size: str, feature_size: str, precision: str) -> dict[str, float
     (row,) = read(f"{TESTS}/swinunetr_memory.csv", size=size, feature_size=feature_size, precision=precision)
     counted = {key.removesuffix(" (counted GiB)"): value for key, value in row.items() if key.endswith("(counted GiB)")}
     return {name: float(value) for name, value in counted.items()} | {"commit": row["commit"]}
-
-
-def table(header: str, rows: list[list[str]]) -> list[str]:
-    names = header.split(", ")
-    return [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows)]
-
-
-def source(path: str, rows: list[dict]) -> str:
-    """A link to the file, and the commits of the rows that were taken from it."""
-    commits = dict.fromkeys(row["commit"][:7] + "-dirty" * row["commit"].endswith("-dirty") for row in rows)
-    return f"[csv]({path}) " + ", ".join(f"`{commit}`" for commit in commits)
-
-
-def commit_of(run: str) -> dict[str, str]:
-    return {"commit": json.loads((ROOT / run / "config.json").read_text(encoding="utf-8"))["git_commit"]}
-
-
-def seconds(value: float) -> str:
-    number, unit = (1e3 * value, "ms") if value < 1 else (value, "s")
-    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {unit}"
-
-
-def dice(row: dict, prefix: str) -> str:
-    return ", ".join(f"{region} {float(row[prefix + region]):.3f}" for region in REGIONS)
 
 
 def both_sets(rows: list[dict], text, device: str = "device") -> list[str]:
@@ -150,17 +98,17 @@ def commands() -> list[str]:
 
 
 def headlines() -> list[str]:
-    demo, counted = read(f"{TESTS}/demo.csv")[-1], counted_gib("128", "48", "bf16")
-    folds = read(f"{FOLDS}/evaluation-cross-validation/per_case.csv")
-    means = {(network, region): fmean(float(row["dice"]) for row in folds
-                                      if row["run"] == ROWS[network] and row["target"] == region)
-             for network in NETWORKS for region in REGIONS}  # fmt: skip
-    unet, transformer = (dice({region: means[network, region] for region in REGIONS}, "") for network in NETWORKS)
+    counted = counted_gib("128", "48", "bf16")
+    demos = max(by_set(read(f"{TESTS}/demo.csv", "device")).values(), key=len)  # the machine that tried most seeds
+    unet, transformer = (
+        regions_over_seeds({region: [float(row[f"{network}_{region}"]) for row in demos] for region in REGIONS})
+        for network in NETWORKS
+    )
     lines = [
-        ["Dice on 12 real cases, cross-validated at 96³, mean", f"U-Net: {unet}", f"Swin UNETR: {transformer}",
-         source(f"{FOLDS}/evaluation-cross-validation/per_case.csv", [commit_of(FOLDS)])],
-        ["Dice on the synthetic test cases of `make demo`", f"Swin UNETR: {dice(demo, 'swinunetr_')}",
-         f"U-Net: {dice(demo, 'unet_')}", source(f"{TESTS}/demo.csv", [demo])],
+        ["Dice on 12 real cases, cross-validated at 96³, mean (± between 3 seeds)", f"U-Net: {dice_of_folds('unet')}",
+         f"Swin UNETR: {dice_of_folds('swinunetr')}", source_of_folds("unet")],
+        ["Dice on the synthetic test cases of `make demo`", f"U-Net: {unet}", f"Swin UNETR: {transformer}",
+         source(f"{TESTS}/demo.csv", demos)],
     ]  # fmt: skip
     work, *cells, faster, _, link = swinunetr()[1]
     times = ", ".join(f"{name}: {cell}" for name, cell in zip(SETS, cells, strict=True) if cell != "-")
@@ -217,110 +165,38 @@ def swinunetr() -> list[list[str]]:
 
 def cross_validation(*networks: str) -> list[str]:
     """Of all networks, or of those named."""
-    path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
-    rows, lines = read(path), []
+    lines = []
     for network in networks or NETWORKS:
-        link = source(path, [commit_of(FOLDS.replace("unet", network, 1))])
         for target in REGIONS:
-            chosen = [row for row in rows if row["run"] == ROWS[network] and row["target"] == target]
             cells = []
             for measure in ("dice", "ceiling_dice", "hd95_mm", "nsd_1mm", "lesion2026_dice", "lesion2023_dice"):
-                values = np.array([row[measure] for row in chosen if row[measure]], float)
-                (low, high), digits = mean_interval(values), 1 if measure == "hd95_mm" else 3
-                interval = "" if measure == "ceiling_dice" else f" ({low:.{digits}f}-{high:.{digits}f})"
-                cells.append(f"{values.mean():.{digits}f}{interval}")
-            lines.append([f"{NETWORKS[network]}, {target}", *cells, link if target == REGIONS[0] else ""])
-    return table("mean of 12 cases (95 % interval), Dice, ceiling, HD95 in mm, NSD at 1 mm, lesion Dice of 2026, "
-                 "lesion Dice of 2023, source", lines)  # fmt: skip
+                values, digits = folds_of(network, target, measure), 1 if measure == "hd95_mm" else 3
+                if measure == "ceiling_dice":  # the truth's, the same for all seeds
+                    cells.append(f"{values.mean():.{digits}f}")
+                    continue
+                low, high = mean_interval(values.mean(0))
+                cells.append(f"{over_seeds([*values.mean(1)], digits)} ({low:.{digits}f}-{high:.{digits}f})")
+            link = source_of_folds(network) if target == REGIONS[0] else ""
+            lines.append([f"{NETWORKS[network]}, {target}", *cells, link])
+    return table("mean of 12 cases ± between seeds (95 % interval), Dice, ceiling, HD95 in mm, NSD at 1 mm, "
+                 "lesion Dice of 2026, lesion Dice of 2023, source", lines)  # fmt: skip
 
 
 def weights() -> list[str]:
     """What comes with the project, and the scores of the same training cross-validated."""
-    path = f"{FOLDS}/evaluation-cross-validation/per_case.csv"
-    rows, lines = read(path), []
+    lines = []
     for network, name in NETWORKS.items():
         folder = f"models/{network}/results/pretrained"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
         epochs, side = record["arguments"]["epochs"], record["size"][0]
         after = " after synthetic heads" if "initial_weights" in record else ""
-        chosen = [row for row in rows if row["run"] == ROWS[network]]
-        means = {region: fmean(float(row["dice"]) for row in chosen if row["target"] == region) for region in REGIONS}
         lines.append([
             f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
             f"{(ROOT / folder / 'best.pt').stat().st_size / 1e6:.1f} MB",
-            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs{after}", dice(means, ""),
+            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs{after}", dice_of_folds(network),
             f"[card]({folder}/MODEL_CARD.md) `{record['git_commit'][:7]}`",
         ])  # fmt: skip
     return table("name, network, file, trained on, Dice of the same training cross-validated, more", lines)
-
-
-def factors() -> list[str]:
-    """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
-    path, variants = f"{TESTS}/recipe.csv", {}
-    for row in read(path, epochs="40"):
-        variants.setdefault((row["variant"], row["data"]), []).append(row)
-    default = variants["baseline", "real64cv"]
-    lines = []
-    for (_, data), rows in sorted(variants.items(), key=lambda item: item[1] is not default):
-        seeds, flags = {row["seed"] for row in rows}, rows[0]["flags"].removeprefix(recipe.COMMON).strip()
-        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
-        per_seed = np.array([label_means([row for row in rows if row["seed"] == seed]) for seed in seeds])
-        cells = [f"{mean:.3f}" for mean in per_seed.mean(0)]
-        cells[0] += f" ± {per_seed[:, 0].std(ddof=1):.3f}" if len(seeds) > 1 else ""
-        same_seeds = [row for row in default if row["seed"] in seeds]
-        compared = "-" if rows is default else change_of_labels(same_seeds, rows)
-        name = f"**{network}, default**" if rows is default else f"{network} `{flags}`" if flags else network
-        name += ", z-scores" if data == "real64z" else ""
-        lines.append([name, str(len(seeds)), *cells, compared, f"{float(rows[0]['gmac']):.1f}",
-                      seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
-    lines = [[*line, source(path, default) if not index else ""] for index, line in enumerate(lines)]
-    return table("U-Net or Swin UNETR, seeds, labels (± between seeds), WT, TC, ET, "
-                 "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
-
-
-def label_means(rows: list[dict]) -> np.ndarray:
-    """[4]: the mean Dice of the labels, of WT, TC and ET."""
-    return recipe.means(np.array(list(recipe.scores_of(rows).values())))
-
-
-def change_of_labels(rows: list[dict], others: list[dict]) -> str:
-    """How much better the labels of the others are, paired by case."""
-    change, (low, high), better, count = recipe.difference(recipe.scores_of(rows), recipe.scores_of(others))
-    return f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
-
-
-def beginnings() -> list[str]:
-    """What the cross-validation at 96^3 owes to the learning rate and to weights from phantoms, in native space."""
-    lines = []
-    for network, trainings in BEGINNINGS.items():
-        first = None
-        for runs, name, what in trainings:
-            path = f"models/unet/results/{runs}-fold0/evaluation-cross-validation/per_case.csv"
-            rows = [{"case": row["case"], "target": row["target"], "dice_last": row["dice"],
-                     "true_voxels": float(row["true_ml"]) > 0} for row in read(path, run=name)]  # fmt: skip
-            first = first or rows
-            compared = "-" if rows is first else change_of_labels(first, rows)
-            link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
-            cells = [f"{mean:.3f}" for mean in label_means(rows)]
-            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
-    return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
-                 lines)  # fmt: skip
-
-
-def starts() -> list[str]:
-    """What a short training on three patients reaches from several weights; the first line is from random ones."""
-    path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
-    for row in read(path):
-        groups.setdefault((row["start"], row["epochs"]), []).append(row)
-    first = groups["random", "10"]
-    for start, epochs in sorted(groups, key=lambda key: (key[0] != "random", key)):
-        each = groups[start, epochs]
-        cells = [f"{mean:.3f}" for mean in label_means(each)]
-        names = {"random": "random", "phantoms": "24 phantoms", "patients": "6 other patients"}
-        compared, link = ("-", source(path, first)) if each is first else (change_of_labels(first, each), "")
-        lines.append([names[start], epochs, *cells, compared, link])
-    return table("weights from, epochs on 3 patients, labels, WT, TC, ET, difference of labels (95 % interval) and "
-                 "better in, source", lines)  # fmt: skip
 
 
 def scaling() -> list[str]:
@@ -398,7 +274,8 @@ def elsewhere(up: str, make, *arguments) -> list[str]:
     return [line.replace("](", f"]({up}") for line in make(*arguments)]
 
 
-FURTHER = (beginnings, factors, starts, scaling, robustness)
+FURTHER = (recipe_tables.networks, recipe_tables.beginnings, recipe_tables.factors, recipe_tables.equal_minutes,
+           recipe_tables.starts, scaling, robustness)  # fmt: skip
 MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import readme_tables
+import table_cells
 from conftest import ROOT
 
 TEXT = readme_tables.README.read_text(encoding="utf-8")
@@ -34,8 +35,8 @@ def test_a_table_of_another_file_is_what_the_csv_files_give(file, name):
 def test_a_table_takes_the_rows_of_the_last_commit_on_each_device(tmp_path, monkeypatch):
     lines = "device,commit,ms", "A,old,1", "B,old,2", "A,new,3", "A,new,4"
     (tmp_path / "some.csv").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
-    assert [row["ms"] for row in readme_tables.read("some.csv", "device")] == ["2", "3", "4"]
+    monkeypatch.setattr(table_cells, "ROOT", tmp_path)
+    assert [row["ms"] for row in table_cells.read("some.csv", "device")] == ["2", "3", "4"]
 
 
 @pytest.mark.parametrize(("device", "column"), [
@@ -43,7 +44,7 @@ def test_a_table_takes_the_rows_of_the_last_commit_on_each_device(tmp_path, monk
     ("AMD EPYC (avx512_bf16)", "AVX-512 with bf16"), ("avx2", "AVX2"), ("NVIDIA H200", "NVIDIA H200"),
 ])  # fmt: skip
 def test_devices_are_told_apart_by_their_instructions(device, column):
-    assert readme_tables.instruction_set(device) == column
+    assert table_cells.instruction_set(device) == column
 
 
 def test_it_can_be_read_at_once():

@@ -2,7 +2,7 @@
 """What --init is worth for somebody with few cases: the Dice after a short training from three kinds of weights.
 
   python preprocess_brats.py REAL DATA --size 64 --folds 4 --test-share 0
-  python -m models.phantom PHANTOMS --cases 32
+  python -m models.phantom PHANTOMS --cases 24
   python preprocess_brats.py PHANTOMS PHANTOM_DATA --size 64 --test-share 0
   python tests/benchmarks/initial_weights.py DATA PHANTOM_DATA --seeds 0 1 2
 

@@ -1,0 +1,136 @@
+"""The tables of RESULTS.md that say what changes of the training, beginnings and networks are worth in Dice."""
+
+from statistics import fmean
+
+import numpy as np
+from table_cells import (
+    NETWORKS,
+    REGIONS,
+    ROWS,
+    SCORES,
+    TESTS,
+    commit_of,
+    folds_of,
+    middle,
+    over_seeds,
+    read,
+    seconds,
+    source,
+    table,
+)
+
+from models.evaluation.statistics import mean_interval
+from tests.benchmarks import recipe
+
+BEGINNINGS = {  # network -> name of the cross-validated runs, name in their table, what they were
+    "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+             ("real-96", "real-96", "100 epochs"),
+             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
+    "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
+                  ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
+}  # fmt: skip
+
+
+def networks() -> list[str]:
+    """Swin UNETR against the U-Net in the cross-validation, each case's score first averaged over the seeds."""
+    lines = []
+    for target in (*REGIONS, "NCR", "ED"):
+        unet, transformer = (folds_of(network, target, "dice").mean(0) for network in NETWORKS)
+        low, high = mean_interval(transformer - unet)
+        lines.append([target, f"{unet.mean():.3f}", f"{transformer.mean():.3f}",
+                      f"{(transformer - unet).mean():+.3f} ({low:+.3f} to {high:+.3f})",
+                      f"{(transformer > unet).sum()} of {len(unet)}"])  # fmt: skip
+    return table("mean Dice over 3 seeds, U-Net, Swin UNETR, difference (95 % interval), better in", lines)
+
+
+def beginnings() -> list[str]:
+    """What the cross-validation at 96^3 owes to the learning rate and to weights from phantoms, in native space."""
+    lines = []
+    for network, trainings in BEGINNINGS.items():
+        first = None
+        for runs, name, what in trainings:
+            path = f"models/unet/results/{runs}-fold0/{SCORES}"
+            rows = [{"case": row["case"], "target": row["target"], "dice_last": row["dice"],
+                     "true_voxels": float(row["true_ml"]) > 0} for row in read(path, run=name)]  # fmt: skip
+            first = first or rows
+            compared = "-" if rows is first else change_of_labels(first, rows)
+            link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
+            cells = [f"{mean:.3f}" for mean in label_means(rows)]
+            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
+    return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
+                 lines)  # fmt: skip
+
+
+def factors() -> list[str]:
+    """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
+    path, variants = f"{TESTS}/recipe.csv", {}
+    for row in read(path, epochs="40"):
+        variants.setdefault((row["variant"], row["data"]), []).append(row)
+    default = variants["baseline", "real64cv"]
+    lines = []
+    for (_, data), rows in sorted(variants.items(), key=lambda item: item[1] is not default):
+        seeds, flags = {row["seed"] for row in rows}, rows[0]["flags"].removeprefix(recipe.COMMON).strip()
+        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
+        cells = means_over_seeds(rows)
+        same_seeds = [row for row in default if row["seed"] in seeds]
+        compared = "-" if rows is default else change_of_labels(same_seeds, rows)
+        name = f"**{network}, default**" if rows is default else f"{network} `{flags}`" if flags else network
+        name += ", z-scores" if data == "real64z" else ""
+        lines.append([name, str(len(seeds)), *cells, compared, f"{float(rows[0]['gmac']):.1f}",
+                      seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
+    lines = [[*line, source(path, default) if not index else ""] for index, line in enumerate(lines)]
+    return table("U-Net or Swin UNETR, seeds, labels ± between seeds, WT, TC, ET, "
+                 "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def equal_minutes() -> list[str]:
+    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to the default Swin UNETR."""
+    path, groups, lines = f"{TESTS}/recipe.csv", {}, []
+    for row in read(path, epochs="20") + read(path, epochs="110"):
+        groups.setdefault(row["variant"], []).append(row)
+    transformer = groups["swin"]
+    for rows in groups.values():
+        flags = rows[0]["flags"].removeprefix(f"{recipe.COMMON} {recipe.SWIN}").removeprefix(recipe.COMMON).strip()
+        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
+        folds = {row["fold"]: float(row["minutes"]) for row in rows}
+        cells = [f"{mean:.3f}" for mean in label_means(rows)]
+        compared = "-" if rows is transformer else change_of_labels(transformer, rows)
+        lines.append([f"{network} `{flags}`" if flags else network, rows[0]["epochs"], f"{fmean(folds.values()):.1f}",
+                      *cells, compared, f"{float(rows[0]['gmac']):.1f}", seconds(middle(rows, "step_ms") / 1e3),
+                      source(path, rows)])  # fmt: skip
+    return table("network, epochs, minutes a fold, labels, WT, TC, ET, "
+                 "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def starts() -> list[str]:
+    """What a short training on three patients reaches from several weights; the first line is from random ones."""
+    path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
+    for row in read(path):
+        groups.setdefault((row["start"], row["epochs"]), []).append(row)
+    first = groups["random", "10"]
+    for start, epochs in sorted(groups, key=lambda key: (key[0] != "random", key)):
+        each = groups[start, epochs]
+        cells = means_over_seeds(each)
+        names = {"random": "random", "phantoms": "24 phantoms", "patients": "6 other patients"}
+        compared, link = ("-", source(path, first)) if each is first else (change_of_labels(first, each), "")
+        lines.append([names[start], epochs, *cells, compared, link])
+    return table("weights from, epochs on 3 patients, labels ± between seeds, WT, TC, ET, "
+                 "difference of labels (95 % interval) and better in, source", lines)  # fmt: skip
+
+
+def means_over_seeds(rows: list[dict]) -> list[str]:
+    """Cells of the mean Dice of the labels, WT, TC and ET, the first of them with the spread between seeds."""
+    seeds = sorted({row["seed"] for row in rows})
+    per_seed = np.array([label_means([row for row in rows if row["seed"] == seed]) for seed in seeds])
+    return [over_seeds([*per_seed[:, 0]]), *(f"{mean:.3f}" for mean in per_seed[:, 1:].mean(0))]
+
+
+def label_means(rows: list[dict]) -> np.ndarray:
+    """[4]: the mean Dice of the labels, of WT, TC and ET."""
+    return recipe.means(np.array(list(recipe.scores_of(rows).values())))
+
+
+def change_of_labels(rows: list[dict], others: list[dict]) -> str:
+    """How much better the labels of the others are, paired by case."""
+    change, (low, high), better, count = recipe.difference(recipe.scores_of(rows), recipe.scores_of(others))
+    return f"{change[0]:+.3f} ({low[0]:+.3f} to {high[0]:+.3f}), {better} of {count}"
