@@ -8,7 +8,7 @@ from conftest import make_score_rows
 from PIL import Image
 from test_panels import plain_panel
 
-from models.evaluation.score_plots import draw_scores, draw_sheets
+from models.evaluation.score_plots import draw_scores, draw_sheets, paired_dice
 from models.evaluation.statistics import BINS
 
 RUNS = ["unet", "swinunetr", "ensemble", "nnU-Net", "a run of a rather long name"]
@@ -34,6 +34,15 @@ def test_all_figures_are_drawn_and_none_is_empty(runs, cases, tmp_path):
 def test_without_probabilities_there_is_no_reliability(tmp_path):
     figures = draw_scores(make_score_rows(["a"], ["1", "2"]), {}, tmp_path, "two cases")
     assert sorted(path.name for path in figures.values()) == ["dice_over_volume.png", "scores.png"]
+
+
+def test_the_p_values_of_many_runs_do_not_leave_the_picture(tmp_path):
+    dice = {f"a run of a rather long name {number}": [0.5, 0.6] for number in range(9)}
+    scores = dict.fromkeys(("WT", "TC", "ET"), dice)
+    notes = dict.fromkeys(scores, "Holm-corrected p " + ", ".join(["0.0073"] * 8))
+    paired_dice(scores, tmp_path / "paired.png", "two cases", notes)
+    picture = np.asarray(Image.open(tmp_path / "paired.png").convert("L"))
+    assert (picture[:, [0, 1, 2, -3, -2, -1]] == 255).all()
 
 
 def test_every_run_has_its_sheets_with_or_without_scores(tmp_path):

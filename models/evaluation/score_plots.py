@@ -2,6 +2,7 @@
 models/evaluation/statistics.py for what a row is."""
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -161,7 +162,7 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
 
     Args:
         scores: target -> run -> Dice of the cases, in one order.
-        notes: target -> a line below the panel's title.
+        notes: target -> what stands below the panel's title.
     """
     figure = Figure(figsize=(4 * len(scores), 5))
     grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
@@ -170,9 +171,10 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
         alpha = np.clip(40 / dice.shape[1], 0.05, 0.5)  # many cases are a cloud
         axes.plot(places, dice, color=COLORS[0], marker="o", ms=4, lw=1, alpha=alpha)
         axes.plot(places, dice.mean(1), color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
-        axes.set_xticks(places, by_run, rotation=20, ha="right")
+        tilt = 20 if len(by_run) < 4 else 60  # many names at a low angle would run into each other
+        axes.set_xticks(places, by_run, rotation=tilt, ha="right", rotation_mode="anchor")
         axes.set(xlim=(-0.5, len(by_run) - 0.5), ylim=(-0.03, 1.03))
-        axes.set_title(f"{target}\n{notes[target]}", fontsize=11)
+        axes.set_title(f"{target}\n{fill(notes[target], 24)}", fontsize=11)  # long names leave narrow panels
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("Dice; a line is a case")
     grid[0][0].legend(loc="lower left")
