@@ -11,7 +11,7 @@ from test_panels import plain_panel
 from models.evaluation.score_plots import draw_scores, draw_sheets, paired_dice
 from models.evaluation.statistics import BINS
 
-RUNS = ["unet", "swinunetr", "ensemble", "nnU-Net", "a run of a rather long name"]
+RUNS = ["unet", "swinunetr", "ensemble", "a cross-validation of a long name", "a run of a rather long name"]
 
 
 def counts_of(runs):
@@ -29,6 +29,7 @@ def test_all_figures_are_drawn_and_none_is_empty(runs, cases, tmp_path):
     for path in figures.values():
         picture = np.asarray(Image.open(path).convert("L"))
         assert picture.shape[1] >= 800 and (picture < 100).sum() > 1000
+        assert (picture[:, [0, 1, -2, -1]] == 255).all(), "text is cut off at a side"
 
 
 def test_without_probabilities_there_is_no_reliability(tmp_path):

@@ -94,8 +94,10 @@ def _strip_and_box(axes, place: int, rows: list[dict], measure: str):
 def _save_with_legend(figure, runs: list[str], path):
     """Save a figure with the legend of the runs below it, where long names have room."""
     marks = [Line2D([], [], ls="none", label=run, **_look(place)) for place, run in enumerate(runs)]
-    figure.legend(handles=marks, loc="lower center", ncols=4, frameon=False)
-    lines = -(-len(runs) // 4)
+    name_in = 0.7 + 0.09 * max(map(len, runs))  # with its mark
+    columns = max(1, min(4, int(figure.get_figwidth() / name_in)))
+    figure.legend(handles=marks, loc="lower center", ncols=columns, frameon=False)
+    lines = -(-len(runs) // columns)
     save_figure(figure, path, rect=(0, (0.15 + 0.22 * lines) / figure.get_figheight(), 1, 1))
 
 
@@ -138,12 +140,12 @@ def reliability(counts: dict[str, np.ndarray], path, title: str):
     grid = figure.subplots(2, len(REGIONS), sharex=True, sharey="row", height_ratios=(3, 1))
     for (curve, histogram), region in zip(grid.T, REGIONS, strict=True):
         curve.plot((0, 1), (0, 1), color="#999999", ls=":")
-        for place, (run, of_regions) in enumerate(counts.items()):
+        for place, of_regions in enumerate(counts.values()):
             count = of_regions[REGION_CHANNELS.index(region)]
             voxels, probability, true = count[:, count[0] > 0]
             errors = calibration_error(count), calibration_error(count[:, 1:])
             said = " / ".join("-" if error is None else f"{error:.2g}" for error in errors)
-            curve.plot(probability / voxels, true / voxels, ms=5, label=f"{run}: ECE {said}", **_look(place))
+            curve.plot(probability / voxels, true / voxels, ms=5, label=f"ECE {said}", **_look(place))
             histogram.stairs(count[0], np.linspace(0, 1, BINS + 1), color=_look(place)["color"], lw=1.5)
         curve.set_title(region)
         curve.legend(fontsize=8, loc="upper left")
@@ -154,7 +156,7 @@ def reliability(counts: dict[str, np.ndarray], path, title: str):
     grid[1, 0].set(ylabel="voxels", yscale="log")
     key = f"ECE, the expected calibration error: of all voxels / of those with a probability above {1 / BINS:g}"
     figure.suptitle(f"{title}\n{key}", fontsize=11)
-    save_figure(figure, path)
+    _save_with_legend(figure, list(counts), path)
 
 
 def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, notes: dict[str, str]):
