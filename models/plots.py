@@ -7,6 +7,7 @@ in radiological convention: the patient's right is on the left of the picture, a
 
 import io
 from functools import lru_cache
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: it keeps every figure, and may want a display
@@ -120,10 +121,11 @@ def prediction_overlay(image: np.ndarray, label: np.ndarray | None, maps: dict[s
             if axes in grid[0]:
                 axes.set_title(modality.upper(), color="white", fontsize=13)
             if column == 0:
-                axes.set_ylabel(name, color="white", fontsize=13)
+                axes.set_ylabel(fill(name, 22), color="white", fontsize=13)  # as long as the picture is high
     legend = [Patch(color=LABEL_COLORS[value], label=f"{name}, {LABEL_NAMES[name]}") for value, name in LABELS.items()]
     figure.legend(handles=legend, loc="lower center", ncols=3, facecolor="black", labelcolor="white", frameon=False)
-    title = f"{title}\naxial slice {index} of {image.shape[3]}; {CONVENTION}"
+    title = "\n".join(fill(line, 130) for line in title.splitlines())  # as wide as the figure
+    title += f"\naxial slice {index} of {image.shape[3]}; {CONVENTION}"
     figure.suptitle(title, color="white", fontsize=11)
     lines = title.count("\n") + 1
     save_figure(figure, path, rect=(0, 0.45 / height, 1, 1 - (0.1 + 0.2 * lines) / height))

@@ -10,6 +10,7 @@ from test_panels import plain_panel
 
 from models.evaluation.score_plots import draw_scores, draw_sheets, paired_dice
 from models.evaluation.statistics import BINS
+from models.plots import prediction_overlay
 
 RUNS = ["unet", "swinunetr", "ensemble", "a cross-validation of a long name", "a run of a rather long name"]
 
@@ -44,6 +45,17 @@ def test_the_p_values_of_many_runs_do_not_leave_the_picture(tmp_path):
     paired_dice(scores, tmp_path / "paired.png", "two cases", notes)
     picture = np.asarray(Image.open(tmp_path / "paired.png").convert("L"))
     assert (picture[:, [0, 1, 2, -3, -2, -1]] == 255).all()
+
+
+def test_names_and_title_of_an_overlay_of_many_runs_stay_inside_the_picture(tmp_path):
+    image, label = np.random.default_rng(0).random((4, 8, 8, 8), np.float32), np.ones((8, 8, 8), np.uint8)
+    names = [f"swinunetr-phantoms-real-96-seed{number}" for number in range(5)]
+    title = "a case\n" + ", ".join(f"{name} 0.123" for name in names)
+    prediction_overlay(image, label, dict.fromkeys(names, label), tmp_path / "overlay.png", title)
+    picture = np.asarray(Image.open(tmp_path / "overlay.png").convert("L"))
+    assert (picture[:, [0, 1, -2, -1]] == 0).all()
+    written = (picture[:, :60] > 50).any(1)  # the names at the left, from bottom to top
+    assert np.count_nonzero(np.diff(written.astype(int)) == 1) >= len(names) + 2, "names run into each other"
 
 
 def test_every_run_has_its_sheets_with_or_without_scores(tmp_path):
