@@ -166,15 +166,15 @@ def paired_dice(scores: dict[str, dict[str, list[float]]], path, title: str, not
         scores: target -> run -> Dice of the cases, in one order.
         notes: target -> what stands below the panel's title.
     """
-    figure = Figure(figsize=(4 * len(scores), 5))
+    many = len(next(iter(scores.values()))) > 3  # names at a low angle would run into each other
+    figure = Figure(figsize=(4 * len(scores), 7 if many else 5))
     grid = figure.subplots(1, len(scores), sharey=True, squeeze=False)
     for axes, (target, by_run) in zip(grid[0], scores.items(), strict=True):
         places, dice = range(len(by_run)), np.array([*by_run.values()])  # [runs, cases]
         alpha = np.clip(40 / dice.shape[1], 0.05, 0.5)  # many cases are a cloud
         axes.plot(places, dice, color=COLORS[0], marker="o", ms=4, lw=1, alpha=alpha)
         axes.plot(places, dice.mean(1), color="black", marker="_", ms=30, mew=3, ls="none", label="mean")
-        tilt = 20 if len(by_run) < 4 else 60  # many names at a low angle would run into each other
-        axes.set_xticks(places, by_run, rotation=tilt, ha="right", rotation_mode="anchor")
+        axes.set_xticks(places, by_run, rotation=60 if many else 20, ha="right", rotation_mode="anchor")
         axes.set(xlim=(-0.5, len(by_run) - 0.5), ylim=(-0.03, 1.03))
         axes.set_title(f"{target}\n{fill(notes[target], 24)}", fontsize=11)  # long names leave narrow panels
         axes.grid(alpha=0.3)
