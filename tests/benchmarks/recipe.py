@@ -56,6 +56,7 @@ VARIANTS = {  # name: training script, its flags
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
     "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
+    "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
     "full-8-1e-3": ("train_unet.py", f"{FULL_8} --learning-rate 1e-3"),
     "full-8-residual": ("train_unet.py", f"{FULL_8} --residual"),
