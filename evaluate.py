@@ -137,7 +137,7 @@ def print_tables(summary: dict):
     """Every run's scores: mean with its 95 % interval where there are several cases."""
     for name, run in summary["runs"].items():
         for space, targets in run["scores"].items():
-            print(f"\n{name}: {run['cases']} {run['split']}, {space} space"
+            print(f"\n{name}: {run['counted']}, {space} space"
                   + (", 8 mirror images" if summary["tta"] else "")
                   + (f"; TRAINED ON {run['trained_on']} of them" if run["trained_on"] else ""))
             print_scores(targets)

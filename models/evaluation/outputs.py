@@ -49,9 +49,11 @@ def summary_of(work: Work, kept: dict[str, list[Scored]], rows: list[dict], opti
     scores, runs = summarise(rows), {}
     for entry in work.entries:
         seconds = [one.seconds for one in kept[entry.name] if one.seconds is not None]
+        cases = len(kept[entry.name])
         runs[entry.name] = {
             "split": entry.split,
-            "cases": len(kept[entry.name]),
+            "cases": cases,
+            "counted": counted(cases, entry.split),
             "trained_on": len({row["case"] for one in kept[entry.name] for row in one.rows if row["trained_on"]}),
             **(costs(entry, work) if entry.runs else {}),
             "forward_seconds_per_case": median(seconds) if seconds else None,
@@ -95,8 +97,8 @@ def comparison_table(summary: dict) -> list[dict]:
 
 
 def title_of(summary: dict) -> str:
-    splits = (counted(run["cases"], run["split"]) for run in summary["runs"].values())
-    return f"{', '.join(dict.fromkeys(splits))}, {summary['space']} space"
+    splits = dict.fromkeys(run["counted"] for run in summary["runs"].values())
+    return f"{', '.join(splits)}, {summary['space']} space"
 
 
 def counted(cases: int, split: str) -> str:
