@@ -2,8 +2,8 @@
 """What a change of the training is worth: cross-validated trainings of named variants on the same few cases.
 
   python preprocess_brats.py REAL DATA --size 64 --folds 4 --test-share 0
-  python tests/benchmarks/recipe.py DATA --variants baseline full-8 --seeds 0 1 --epochs 20
-  python tests/benchmarks/recipe.py DATA OTHER_DATA --variants baseline --epochs 20 --table
+  python tests/benchmarks/recipe.py DATA --variants default full-8 --seeds 0 1 --epochs 20
+  python tests/benchmarks/recipe.py DATA OTHER_DATA --variants default --epochs 20 --table
 
 A variant is a training script with its flags. The script itself trains it on each fold, in a process of its own, into
 models/<network>/results/recipe-<variant>-<data>-e<epochs>-s<seed>-fold<k>. What is finished is skipped and what was
@@ -46,7 +46,13 @@ COMMON = "--batch-size 2 --amp bf16 --learning-rate 3e-3"  # flags of all varian
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 SWIN = "--feature-size 12 --window-size 4"
+PHANTOMS = "--init models/unet/results/phantoms-64"  # see RESULTS.md
 VARIANTS = {  # name: training script, its flags
+    "default": ("train_unet.py", ""),
+    "phantoms": ("train_unet.py", f"{PHANTOMS}/last.pt"),
+    "swin-default": ("train_swinunetr.py", SWIN),
+}
+PLAIN = {  # tried before networks standardised their input
     "baseline": ("train_unet.py", ""),
     "baseline-1e-3": ("train_unet.py", "--learning-rate 1e-3"),
     "baseline-batch-1": ("train_unet.py", "--batch-size 1"),
@@ -54,29 +60,20 @@ VARIANTS = {  # name: training script, its flags
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
+    "baseline-phantoms": ("train_unet.py", f"{PHANTOMS}-plain/last.pt"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
     "full-8-1e-3": ("train_unet.py", f"{FULL_8} --learning-rate 1e-3"),
-    "full-8-residual": ("train_unet.py", f"{FULL_8} --residual"),
-    "full-8-trilinear": ("train_unet.py", f"{FULL_8} --upsampling trilinear"),
     "full-8-one": ("train_unet.py", f"{FULL_8} --convolutions 1 1 2 2 2"),
-    "full-8-narrow": ("train_unet.py", "--variant full-resolution --channels 8 24 48 96 192"),
     "full-8-thin": ("train_unet.py", "--variant full-resolution --channels 8 16 32 64 128"),
-    "full-8-regions": ("train_unet.py", f"{FULL_8} --regions"),
-    "full-8-strong": ("train_unet.py", f"{FULL_8} --augmentation strong"),
-    "full-8-paste": ("train_unet.py", f"{FULL_8} --copy-paste 0.3"),
-    "full-8-ema": ("train_unet.py", f"{FULL_8} --ema 0.99"),
     "folded-8": ("train_unet.py", FOLDED_8),
-    "folded-8-one": ("train_unet.py", f"{FOLDED_8} --convolutions 1 1 2 2 2"),
-    "folded-8-narrow": ("train_unet.py", "--variant space-to-depth --channels 8 24 48 96 192 --residual"),
     "swin": ("train_swinunetr.py", SWIN),
-    "swin-1e-3": ("train_swinunetr.py", f"{SWIN} --learning-rate 1e-3"),
     "swin-v2": ("train_swinunetr.py", f"{SWIN} --v2"),
     "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --drop-path 0.1 --weight-decay 0.05"),
     "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-attention"),
 }
+VARIANTS |= {name: (script, f"{flags} --no-standardize".strip()) for name, (script, flags) in PLAIN.items()}
 COLUMNS = (*LABELS.values(), "WT", "TC")  # of the arrays of scores; ET is a label and a region
 
 
