@@ -62,44 +62,49 @@ def beginnings() -> list[str]:
 
 
 def factors() -> list[str]:
-    """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
-    path, variants = f"{TESTS}/recipe.csv", {}
-    for row in read(path, epochs="40"):
-        variants.setdefault((row["variant"], row["data"]), []).append(row)
-    default = variants["baseline", "real64cv"]
+    """What changes of the training are worth, against the U-Net before it standardised its input, at shared seeds."""
+    path, variants = f"{TESTS}/recipe.csv", variants_of("40")
+    reference = variants["baseline", "real64cv"]
+    first = [variants.pop((name, "real64cv")) for name in ("baseline", "default", "phantoms")]
     lines = []
-    for (_, data), rows in sorted(variants.items(), key=lambda item: item[1] is not default):
-        seeds, flags = {row["seed"] for row in rows}, rows[0]["flags"].removeprefix(recipe.COMMON).strip()
-        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
-        cells = means_over_seeds(rows)
-        same_seeds = [row for row in default if row["seed"] in seeds]
-        compared = "-" if rows is default else change_of_labels(same_seeds, rows)
-        name = f"**{network}, default**" if rows is default else f"{network} `{flags}`" if flags else network
-        name += ", z-scores" if data == "real64z" else ""
-        lines.append([name, str(len(seeds)), *cells, compared, f"{float(rows[0]['gmac']):.1f}",
-                      seconds(middle(rows, "step_ms") / 1e3)])  # fmt: skip
-    lines = [[*line, source(path, default) if not index else ""] for index, line in enumerate(lines)]
-    return table("U-Net or Swin UNETR, seeds, labels ± between seeds, WT, TC, ET, "
+    for rows in [*first, *variants.values()]:
+        lines.append([*variant_cells(rows, reference), f"{float(rows[0]['gmac']):.1f}",
+                      seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
+    return table("U-Net, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
 
 
 def equal_minutes() -> list[str]:
-    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to the default Swin UNETR."""
-    path, groups, lines = f"{TESTS}/recipe.csv", {}, []
-    for row in read(path, epochs="20") + read(path, epochs="110"):
-        groups.setdefault(row["variant"], []).append(row)
-    transformer = groups["swin"]
-    for rows in groups.values():
-        flags = rows[0]["flags"].removeprefix(f"{recipe.COMMON} {recipe.SWIN}").removeprefix(recipe.COMMON).strip()
-        network = NETWORKS[rows[0]["script"].removeprefix("train_").removesuffix(".py")]
-        folds = {row["fold"]: float(row["minutes"]) for row in rows}
-        cells = [f"{mean:.3f}" for mean in label_means(rows)]
-        compared = "-" if rows is transformer else change_of_labels(transformer, rows)
-        lines.append([f"{network} `{flags}`" if flags else network, rows[0]["epochs"], f"{fmean(folds.values()):.1f}",
-                      *cells, compared, f"{float(rows[0]['gmac']):.1f}", seconds(middle(rows, "step_ms") / 1e3),
-                      source(path, rows)])  # fmt: skip
-    return table("network, epochs, minutes a fold, labels, WT, TC, ET, "
+    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to Swin UNETR before it
+    standardised its input, at shared seeds."""
+    path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20") | variants_of("110"), []
+    reference = variants["swin", "real64cv"]
+    for rows in variants.values():
+        folds = {(row["seed"], row["fold"]): float(row["minutes"]) for row in rows}
+        name, *cells = variant_cells(rows, reference)
+        lines.append([name, rows[0]["epochs"], f"{fmean(folds.values()):.1f}", *cells, f"{float(rows[0]['gmac']):.1f}",
+                      seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
+    return table("network, epochs, minutes a fold, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def variants_of(epochs: str) -> dict[tuple[str, str], list[dict]]:
+    """The rows of recipe.csv by variant and data."""
+    variants = {}
+    for row in read(f"{TESTS}/recipe.csv", epochs=epochs):
+        variants.setdefault((row["variant"], row["data"]), []).append(row)
+    return variants
+
+
+def variant_cells(rows: list[dict], reference: list[dict]) -> list[str]:
+    """Name and flags of a variant, how many seeds, its scores, and what it changes at the seeds that both have."""
+    script, flags = recipe.VARIANTS[rows[0]["variant"]]  # today's: rows may be older than a flag
+    flags, seeds = flags.replace(recipe.SWIN, "").strip(), {row["seed"] for row in rows}
+    name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + (f" `{flags}`" if flags else ", default")
+    name += ", z-scores" if rows[0]["data"] == "real64z" else ""
+    same_seeds = [row for row in reference if row["seed"] in seeds]
+    compared = "-" if rows is reference else change_of_labels(same_seeds, rows)
+    return [name, str(len(seeds)), *means_over_seeds(rows), compared]
 
 
 def starts() -> list[str]:
