@@ -25,7 +25,9 @@ from tests.benchmarks import recipe
 BEGINNINGS = {  # network -> name of the cross-validated runs, name in their table, what they were
     "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
              ("real-96", "real-96", "100 epochs"),
-             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
+             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms"),
+             ("standardized-phantoms-real-96", "standardized-phantoms-real-96", "the same, standardised input"),
+             ("phantoms-real-128", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms")),
     "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
                   ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
@@ -44,7 +46,7 @@ def networks() -> list[str]:
 
 
 def beginnings() -> list[str]:
-    """What the cross-validation at 96^3 owes to the learning rate and to weights from phantoms, in native space."""
+    """What the cross-validation owes to the learning rate, to weights from phantoms and to the size, in native space."""
     lines = []
     for network, trainings in BEGINNINGS.items():
         first = None
