@@ -46,7 +46,7 @@ def networks() -> list[str]:
 
 
 def beginnings() -> list[str]:
-    """What the cross-validation owes to the learning rate, to weights from phantoms and to the size, in native space."""
+    """What the cross-validation owes to the learning rate, weights from phantoms, and the size, in native space."""
     lines = []
     for network, trainings in BEGINNINGS.items():
         first = None
