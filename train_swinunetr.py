@@ -51,11 +51,9 @@ def main() -> int:
     split = read_split(args.data, args.fold)
     refuse_leaks(args.data, split)
     size = input_size(args.data, split, args.patch)
-    standardize = not args.no_standardize and runs.standardizes(args.data, args.patch, args.init)
-    config = {"out_channels": 3 if args.regions else 4, "standardize": standardize,
-              "feature_size": args.feature_size, "window_size": args.window_size, "attention": args.attention,
-              "checkpointing": args.checkpointing, "v2": args.v2, "drop_path": args.drop_path,
-              "use_attention": not args.no_attention}
+    config = {"out_channels": 3 if args.regions else 4, "feature_size": args.feature_size,
+              "window_size": args.window_size, "attention": args.attention, "checkpointing": args.checkpointing,
+              "v2": args.v2, "drop_path": args.drop_path, "use_attention": not args.no_attention}
     refuse_unfit_size("swinunetr", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed, args.deterministic)
     model = build_model("swinunetr", **config)

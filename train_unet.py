@@ -41,10 +41,8 @@ def main() -> int:
     split = read_split(args.data, args.fold)
     refuse_leaks(args.data, split)
     size = input_size(args.data, split, args.patch)
-    standardize = not args.no_standardize and runs.standardizes(args.data, args.patch, args.init)
-    config = {"out_channels": 3 if args.regions else 4, "standardize": standardize, "variant": args.variant,
-              "channels": args.channels, "convolutions": args.convolutions, "residual": args.residual,
-              "upsampling": args.upsampling}
+    config = {"out_channels": 3 if args.regions else 4, "variant": args.variant, "channels": args.channels,
+              "convolutions": args.convolutions, "residual": args.residual, "upsampling": args.upsampling}
     refuse_unfit_size("unet", config, size, args.data, args.patch)
     device = training.setup(args.device, args.seed, args.deterministic)
     model = build_model("unet", **config)

@@ -209,10 +209,6 @@ def _add_optimisation_arguments(group):
     group.add_argument("--regions", action="store_true",
                        help="learn the overlapping regions TC, WT and ET, with a sigmoid each, instead of the "
                             "labels, with a softmax")
-    group.add_argument("--no-standardize", action="store_true",
-                       help="give the network intensities as they are; else it brings each modality to mean 0 and "
-                            "standard deviation 1 over the head first, unless that of the weights of --init does not, "
-                            "the cases are of --normalize zscore, or there is --patch")
     group.add_argument("--epochs", type=positive_int, default=200, help="passes over the training cases")
     group.add_argument("--batch-size", type=positive_int, default=1, help="cases per step and process")
     group.add_argument("--accumulate", type=positive_int, default=1,

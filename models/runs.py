@@ -14,7 +14,6 @@ import torch
 
 from models import NETWORKS, build_model, with_defaults
 from models.brats import MODALITIES, patient_of
-from models.dataset import preprocessing_of_cases
 from models.device import decided_once, rank
 from models.errors import InputError, one_line
 from models.files import ROOT, portable, remove_temporaries, whole_file
@@ -25,7 +24,7 @@ PRETRAINED = "pretrained"  # the run of a network that comes with the project
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
 ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
-               "deterministic": False, "save_minutes": 10.0, "no_standardize": True}  # fmt: skip
+               "deterministic": False, "save_minutes": 10.0}  # fmt: skip
 # The flags that a resumed run may have changed: what a step computes does not depend on them. DATA may have moved; its
 # content is compared.
 FREE_FLAGS = ("data", "epochs", "device", "cache", "workers", "compile", "run_name", "resume", "save_minutes", "debug",
@@ -144,15 +143,6 @@ def load_initial_weights(model, path: str | Path, split: dict[str, list[str]]):
     if known and rank() == 0:
         print(f"Warning: --init: {portable(path)} was trained on {len(known)} of the validation and test cases "
               f"({known[0]}): their scores will be too good.", file=sys.stderr)  # fmt: skip
-
-
-def standardizes(data: Path, patch: int | None, init: str | None) -> bool:
-    """Whether a network to be trained on these cases is to standardise its input (see models/standardise.py): as the
-    weights do that it begins with, or where it sees whole cases that the preprocessing has not standardised."""
-    if init:
-        checkpoint = load_checkpoint(checkpoint_file(init), mmap=True)
-        return with_defaults(checkpoint["network"], checkpoint["config"])["standardize"]
-    return patch is None and preprocessing_of_cases(data)["normalize"] == "percentile"
 
 
 def pretrained_checkpoint(network: str) -> Path:

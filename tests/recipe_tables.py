@@ -26,7 +26,6 @@ BEGINNINGS = {  # network -> name of the cross-validated runs, name in their tab
     "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
              ("real-96", "real-96", "100 epochs"),
              ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms"),
-             ("standardized-phantoms-real-96", "standardized-phantoms-real-96", "the same, standardised input"),
              ("phantoms-real-128", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms")),
     "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
                   ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
@@ -64,12 +63,10 @@ def beginnings() -> list[str]:
 
 
 def factors() -> list[str]:
-    """What changes of the training are worth, against the U-Net before it standardised its input, at shared seeds."""
+    """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
     path, variants = f"{TESTS}/recipe.csv", variants_of("40")
-    reference = variants["baseline", "real64cv"]
-    first = [variants.pop((name, "real64cv")) for name in ("baseline", "default", "phantoms")]
-    lines = []
-    for rows in [*first, *variants.values()]:
+    reference, lines = variants.pop(("baseline", "real64cv")), []
+    for rows in (reference, *variants.values()):
         lines.append([*variant_cells(rows, reference), f"{float(rows[0]['gmac']):.1f}",
                       seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
     return table("U-Net, seeds, labels ± between seeds, WT, TC, ET, "
@@ -77,8 +74,7 @@ def factors() -> list[str]:
 
 
 def equal_minutes() -> list[str]:
-    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to Swin UNETR before it
-    standardised its input, at shared seeds."""
+    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to the default Swin UNETR."""
     path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20") | variants_of("110"), []
     reference = variants["swin", "real64cv"]
     for rows in variants.values():
@@ -100,10 +96,10 @@ def variants_of(epochs: str) -> dict[tuple[str, str], list[dict]]:
 
 def variant_cells(rows: list[dict], reference: list[dict]) -> list[str]:
     """Name and flags of a variant, how many seeds, its scores, and what it changes at the seeds that both have."""
-    script, flags = recipe.VARIANTS[rows[0]["variant"]]  # today's: rows may be older than a flag
+    script, flags = recipe.VARIANTS[rows[0]["variant"]]
     flags, seeds = flags.replace(recipe.SWIN, "").strip(), {row["seed"] for row in rows}
-    name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + (f" `{flags}`" if flags else ", default")
-    name += ", z-scores" if rows[0]["data"] == "real64z" else ""
+    name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + f" `{flags}`" * bool(flags)
+    name += ", z-scores" * (rows[0]["data"] == "real64z") + ", **default**" * (rows is reference)
     same_seeds = [row for row in reference if row["seed"] in seeds]
     compared = "-" if rows is reference else change_of_labels(same_seeds, rows)
     return [name, str(len(seeds)), *means_over_seeds(rows), compared]

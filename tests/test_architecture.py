@@ -19,7 +19,7 @@ SCRIPTS = ["view_interactive_4pane_brats", "preprocess_brats", "train_unet", "tr
 FLOORS = [
     {"errors", "files", "interruption", "cli", "memory", "records", "device", "timing"},
     {"brats", "labels", "nifti", "cases", "volumes", "manifest", "preprocessing", "cohort", "patches", "tensors",
-     "dataset", "standardise", "augment", "augment_strong", "copy_paste", "phantom"},
+     "dataset", "augment", "augment_strong", "copy_paste", "phantom"},
     {"unet", "swinunetr", "onednn"},
     {"models"},
     {"losses", "runs", "resuming", "checkpoints", "pretrained", "amp", "training", "final_test", "cost", "surfaces",

@@ -304,8 +304,6 @@ def test_equal_labels_of_a_network_of_regions_are_counted():
 @pytest.mark.parametrize(("network", "config"), [
     ("unet", {"channels": (8, 16, 32, 64, 128)}), ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1)}),
     ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1), "v2": True}),
-    ("unet", {"channels": (8, 16, 32, 64, 128), "standardize": True}),
-    ("swinunetr", {"feature_size": 12, "depths": (1, 1, 1, 1), "standardize": True}),
 ])  # fmt: skip
 def test_monais_class_as_it_comes_gets_our_weights(network, config):
     ours = build_model(network, **config).eval()

@@ -37,13 +37,13 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def swin():
     torch.manual_seed(0)
-    return build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1), standardize=True).eval()
+    return build_model("swinunetr", feature_size=12, depths=(1, 1, 1, 1)).eval()
 
 
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    return build_model("unet", standardize=True).eval()
+    return build_model("unet").eval()
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ from models.losses import labels_from_logits
 from models.metrics import confusion, dice_per_target, mean_label_dice
 from models.preprocessing import label_map
 from models.runs import Run, load_model, open_run
-from models.standardise import standardise
 from models.tensors import load_case
 from models.timing import latencies_ms, stage_durations_ms, summary_of
 
@@ -250,8 +249,6 @@ def monai_twin(model: torch.nn.Module) -> torch.nn.Module:
     twin = {"unet": UNet, "swinunetr": SwinUNETR}[model.network](spatial_dims=3, **config)
     twin.load_state_dict(model.state_dict(), strict=True)
     twin.network, twin.config = MONAI + model.network, config
-    if model.config["standardize"]:
-        twin.register_forward_pre_hook(lambda _, inputs: (standardise(inputs[0]),))
     if model.network == "swinunetr":
         twin.set_attention = MethodType(set_monai_attention, twin)
     return twin.eval()

@@ -18,7 +18,6 @@ DEFAULTS = {
     "legacy_merging": False,  # the patch order of MONAI before 1.5, for weights that were trained with it
     "v2": False,  # a residual block of convolutions before each stage
     "drop_path": 0.0,  # how often the last block's branches are left out in training; the first block's never are
-    "standardize": False,  # each modality first (see models/standardise.py); the training scripts ask for it
     "use_attention": True,  # False: the blocks are MLPs alone, to see what attention is worth
 }
 SIZE_MULTIPLE = 32  # five halvings

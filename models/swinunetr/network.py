@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
-from models.standardise import standardise
 from models.swinunetr.convolutions import Decoder, Encoder, OutputHead, ResidualBlock
 from models.swinunetr.window_attention import ATTENTION, KERNELS, WindowAttention
 
@@ -54,11 +53,10 @@ class SwinUNETR(nn.Module):
         v2: bool = False,
         drop_path: float = 0.0,
         use_attention: bool = True,
-        standardize: bool = False,
     ):
         super().__init__()
         _refuse_bad_settings(feature_size, window_size, depths, num_heads, attention, checkpointing, drop_path)
-        self.checkpointing, self.standardize = checkpointing, standardize
+        self.checkpointing = checkpointing
         c = feature_size
         block = {"window_size": window_size, "attention": attention, "use_attention": use_attention}
         stage = {"recompute": checkpointing != "none", "legacy_merging": legacy_merging, **block}
@@ -77,7 +75,6 @@ class SwinUNETR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         refuse_bad_sides(image.shape[2:])
-        image = standardise(image) if self.standardize else image
         image = image.contiguous(memory_format=torch.channels_last_3d)
         levels = self.swinViT(image)  # [B, C, D/2, ...], [B, 2C, D/4, ...], ... [B, 16C, D/32, ...]
         x = self._run(self.encoder10, levels[4])

@@ -18,7 +18,7 @@ from monai.networks.nets import UNet as MonaiUNet
 
 from models.errors import InputError
 from models.onednn import use_onednn
-from models.unet.network import StandardisingUNet, UNet
+from models.unet.network import UNet
 
 DEFAULTS = {
     "in_channels": 4,
@@ -30,7 +30,6 @@ DEFAULTS = {
     "convolutions": (1, 2, 2, 2, 2),  # 3x3x3 in a block of each level
     "residual": False,
     "upsampling": "transposed",  # "transposed" | "trilinear"
-    "standardize": False,  # each modality first (see models/standardise.py); the training scripts ask for it
 }
 OF_MONAI, OF_OURS = ("strides", "num_res_units"), ("convolutions", "residual", "upsampling")
 SIZE_MULTIPLE = 16  # four halvings
@@ -56,5 +55,4 @@ def build(**config):
     if not is_monais:
         return use_onednn(UNet(**used))
     del used["variant"]
-    network = StandardisingUNet if used.pop("standardize") else MonaiUNet
-    return use_onednn(network(spatial_dims=3, **used))
+    return use_onednn(MonaiUNet(spatial_dims=3, **used))

@@ -14,23 +14,14 @@ what joins the decoder at full resolution is the image itself.
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.standardise import standardise
 
 VARIANTS = ("full-resolution", "space-to-depth")
 UPSAMPLING = ("transposed", "trilinear")
 MAX_LEVELS = 5  # so that 16 divides every side, whatever the settings
 SLOPE = 0.01  # of the leaky ReLU below zero
-
-
-class StandardisingUNet(MonaiUNet):
-    """MONAI's U-Net, its parameters and their names unchanged, after `standardise`."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return super().forward(standardise(image))
 
 
 class UNet(nn.Module):
@@ -42,7 +33,6 @@ class UNet(nn.Module):
         convolutions: 3x3x3, in each level's block of the encoder, and again in that of the decoder.
         residual: whether the blocks have a shortcut.
         upsampling: one of UPSAMPLING.
-        standardize: whether each modality is standardised first.
     """
 
     def __init__(
@@ -54,10 +44,8 @@ class UNet(nn.Module):
         convolutions,
         residual: bool,
         upsampling: str,
-        standardize: bool,
     ):
         super().__init__()
-        self.standardize = standardize
         _refuse_bad_settings(variant, channels, convolutions, upsampling)
         if variant == "space-to-depth":
             folded = Block(8 * in_channels, channels[1], convolutions[1], residual)
@@ -77,7 +65,7 @@ class UNet(nn.Module):
         self.head = nn.Conv3d(channels[0], out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        levels, x = [], standardise(image) if self.standardize else image
+        levels, x = [], image
         for block in self.encoder:
             x = block(x)  # [B, c0, D, H, W], [B, c1, D/2, H/2, W/2], ...
             levels.append(x)

@@ -57,7 +57,7 @@ def train(data: Path, name: str, epochs: int, seed: int, *flags: str) -> Path:
     """Train, unless that is done; returns the last checkpoint."""
     last = RUNS / name / "last.pt"
     command = [sys.executable, "train_unet.py", data.resolve(), "--epochs", epochs, "--seed", seed, "--run-name", name,
-               "--amp", "bf16", "--no-standardize", *flags, *["--resume"] * last.exists()]  # fmt: skip
+               "--amp", "bf16", *flags, *["--resume"] * last.exists()]  # fmt: skip
     result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{result.stderr[-3000:]}")

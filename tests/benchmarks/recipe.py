@@ -2,8 +2,8 @@
 """What a change of the training is worth: cross-validated trainings of named variants on the same few cases.
 
   python preprocess_brats.py REAL DATA --size 64 --folds 4 --test-share 0
-  python tests/benchmarks/recipe.py DATA --variants default full-8 --seeds 0 1 --epochs 20
-  python tests/benchmarks/recipe.py DATA OTHER_DATA --variants default --epochs 20 --table
+  python tests/benchmarks/recipe.py DATA --variants baseline full-8 --seeds 0 1 --epochs 20
+  python tests/benchmarks/recipe.py DATA OTHER_DATA --variants baseline --epochs 20 --table
 
 A variant is a training script with its flags. The script itself trains it on each fold, in a process of its own, into
 models/<network>/results/recipe-<variant>-<data>-e<epochs>-s<seed>-fold<k>. What is finished is skipped and what was
@@ -46,13 +46,7 @@ COMMON = "--batch-size 2 --amp bf16 --learning-rate 3e-3"  # flags of all varian
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 SWIN = "--feature-size 12 --window-size 4"
-PHANTOMS = "--init models/unet/results/phantoms-64"  # see RESULTS.md
 VARIANTS = {  # name: training script, its flags
-    "default": ("train_unet.py", ""),
-    "phantoms": ("train_unet.py", f"{PHANTOMS}/last.pt"),
-    "swin-default": ("train_swinunetr.py", SWIN),
-}
-PLAIN = {  # tried before networks standardised their input
     "baseline": ("train_unet.py", ""),
     "baseline-1e-3": ("train_unet.py", "--learning-rate 1e-3"),
     "baseline-batch-1": ("train_unet.py", "--batch-size 1"),
@@ -60,7 +54,7 @@ PLAIN = {  # tried before networks standardised their input
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", f"{PHANTOMS}-plain/last.pt"),
+    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
@@ -73,7 +67,6 @@ PLAIN = {  # tried before networks standardised their input
     "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --drop-path 0.1 --weight-decay 0.05"),
     "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-attention"),
 }
-VARIANTS |= {name: (script, f"{flags} --no-standardize".strip()) for name, (script, flags) in PLAIN.items()}
 COLUMNS = (*LABELS.values(), "WT", "TC")  # of the arrays of scores; ET is a label and a region
 
 
