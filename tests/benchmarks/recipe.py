@@ -42,9 +42,10 @@ from models.tensors import load_case
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "recipe.csv"
-COMMON = "--batch-size 2 --amp bf16 --learning-rate 3e-3"  # flags of all variants, before their own
+COMMON = "--batch-size 2 --learning-rate 3e-3"  # flags of all variants, before their own
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
+PHANTOMS = "--init models/unet/results/phantoms-64/last.pt"  # see RESULTS.md
 SWIN = "--feature-size 12 --window-size 4"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
@@ -54,7 +55,11 @@ VARIANTS = {  # name: training script, its flags
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
+    "baseline-phantoms": ("train_unet.py", PHANTOMS),
+    "phantoms-1e-3": ("train_unet.py", f"{PHANTOMS} --learning-rate 1e-3"),
+    "phantoms-strong": ("train_unet.py", f"{PHANTOMS} --augmentation strong"),
+    "phantoms-paste": ("train_unet.py", f"{PHANTOMS} --copy-paste 0.3"),
+    "phantoms-ema": ("train_unet.py", f"{PHANTOMS} --ema 0.99"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
@@ -73,9 +78,13 @@ COLUMNS = (*LABELS.values(), "WT", "TC")  # of the arrays of scores; ET is a lab
 # ---- training and scoring ------------------------------------------------------------------------------------------
 
 
-def train(variant: str, data: Path, epochs: int, seed: int, fold: int) -> Path:
+def flags_of(variant: str, amp: str) -> str:
+    return f"{COMMON} --amp {amp} {VARIANTS[variant][1]}".strip()
+
+
+def train(variant: str, data: Path, epochs: int, seed: int, fold: int, amp: str) -> Path:
     """Train one fold, or what is left of it; returns the run's folder."""
-    script, flags = VARIANTS[variant]
+    script = VARIANTS[variant][0]
     network = script.removeprefix("train_").removesuffix(".py")
     name = f"recipe-{variant}-{data.name}-e{epochs}-s{seed}-fold{fold}"
     folder = ROOT / "models" / network / "results" / name
@@ -83,7 +92,7 @@ def train(variant: str, data: Path, epochs: int, seed: int, fold: int) -> Path:
     done = open_run(last).epoch if last.exists() else 0
     if done < epochs:
         command = [sys.executable, script, data.resolve(), "--fold", fold, "--seed", seed, "--epochs", epochs,
-                   "--run-name", name, *COMMON.split(), *flags.split(), *["--resume"] * (done > 0)]  # fmt: skip
+                   "--run-name", name, *flags_of(variant, amp).split(), *["--resume"] * (done > 0)]  # fmt: skip
         result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"{' '.join(map(str, command))}\n{result.stderr[-3000:]}")
@@ -198,6 +207,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--amp", choices=AMP_DTYPES, default="bf16", help="the same for all rows that are to compare")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="train nothing: only print the table")
     args = parser.parse_args()
@@ -210,8 +220,8 @@ def main():
         if any(all(row[key] == str(value) for key, value in job.items()) for row in read(args.csv)):
             continue
         print(f"{time.strftime('%H:%M:%S')} {', '.join(f'{key} {value}' for key, value in job.items())}", flush=True)
-        folder = train(variant, data, args.epochs, seed, fold)
-        described = job | {"script": VARIANTS[variant][0], "flags": f"{COMMON} {VARIANTS[variant][1]}".strip()}
+        folder = train(variant, data, args.epochs, seed, fold, args.amp)
+        described = job | {"script": VARIANTS[variant][0], "flags": flags_of(variant, args.amp)}
         append(args.csv, [described | row for row in rows_of(folder, data, fold, device)])
     rows = {}
     for row in read(args.csv):
