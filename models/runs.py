@@ -189,8 +189,12 @@ def refuse_other_network(path: Path, model):
         {key: value for key, value in json.loads(json.dumps(config)).items() if key not in RUNTIME_SETTINGS}
         for config in (with_defaults(checkpoint["network"], checkpoint["config"]), model.config)
     )
-    if checkpoint["network"] != model.network or trained != asked:
-        raise InputError(f"{path}: a {checkpoint['network']} of {checkpoint['config']}, not what these flags ask for.")
+    if checkpoint["network"] != model.network:
+        raise InputError(f"{path}: a {checkpoint['network']}, not a {model.network}.")
+    different = [f"{key} {trained.get(key)} (the flags: {asked.get(key)})" for key in trained | asked
+                 if trained.get(key) != asked.get(key)]  # fmt: skip
+    if different:
+        raise InputError(f"{path}: not what these flags ask for: {', '.join(different)}.")
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
