@@ -22,13 +22,14 @@ from table_cells import (
 from models.evaluation.statistics import mean_interval
 from tests.benchmarks import recipe
 
-BEGINNINGS = {  # network -> name of the cross-validated runs, name in their table, what they were
-    "unet": (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
-             ("real-96", "real-96", "100 epochs"),
-             ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms"),
-             ("phantoms-real-128", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms")),
-    "swinunetr": (("real-96", "swinunetr-real-96", "40 epochs"),
-                  ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
+BEGINNINGS = {  # network, size -> name of the cross-validated runs, name in their table, what they were
+    ("unet", 96): (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+                   ("real-96", "real-96", "100 epochs"),
+                   ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
+    ("unet", 128): (("baseline-real-128", "baseline-real-128", "60 epochs, learning rate 1e-3"),
+                    ("phantoms-real-128", "phantoms-real-128", "60 epochs, from weights of phantoms")),
+    ("swinunetr", 96): (("real-96", "swinunetr-real-96", "40 epochs"),
+                        ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
 
 
@@ -45,9 +46,10 @@ def networks() -> list[str]:
 
 
 def beginnings() -> list[str]:
-    """What the cross-validation owes to the learning rate, weights from phantoms, and the size, in native space."""
+    """What the cross-validation owes to the learning rate and to weights from phantoms, in native space; differences
+    are those to the first line of the network and size."""
     lines = []
-    for network, trainings in BEGINNINGS.items():
+    for (network, size), trainings in BEGINNINGS.items():
         first = None
         for runs, name, what in trainings:
             path = f"models/unet/results/{runs}-fold0/{SCORES}"
@@ -57,7 +59,7 @@ def beginnings() -> list[str]:
             compared = "-" if rows is first else change_of_labels(first, rows)
             link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
             cells = [f"{mean:.3f}" for mean in label_means(rows)]
-            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
+            lines.append([f"{NETWORKS[network]}, {size}³, {what}", *cells, compared, link])
     return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
                  lines)  # fmt: skip
 

@@ -390,7 +390,7 @@ def test_without_openvino_the_modules_predict(unet, tmp_path, monkeypatch):
 def test_the_fastest_is_that_of_most_turns(image):
     slow, fast = (lambda image, pause=pause: time.sleep(pause) or image for pause in (0.05, 0.0))
     median_ms = engines._in_turns({"slow": slow, "fast": fast}, image, None)
-    assert median_ms["slow"] > 50 > median_ms["fast"]
+    assert median_ms["slow"] >= 50 and median_ms["fast"] < median_ms["slow"]  # however busy the machine
 
 
 def test_an_engine_has_a_type_of_its_own_under_autocast(unet, image, cache):
