@@ -1,10 +1,15 @@
 """Synthetic BraTS cases, so that everything runs with no download.
 
   python -m models.phantom demo/raw --cases 24 --seed 0 --layout brats2021
+  python -m models.phantom phantoms --cases 64 --first 90000 --varied      (to train on before patients)
 
 A head is drawn in millimetres from smooth random fields: cortex folded along the zero surfaces of one field,
 ventricles and deep grey matter as warped ellipsoids, gliomas with oedema that follows the white matter. The same seed
 and index give the same case, whatever the number of cases.
+
+Usually all heads have the tissue contrasts of SIGNAL. Varied ones have contrasts, tumours and an image quality from
+wide ranges, so that a network that has learnt them takes a patient for one more: the idea of SynthSeg (Billot et al.
+2023, arXiv:2107.09559), kept so close to MRI that each modality still shows what it is used for.
 """
 
 import argparse
@@ -35,6 +40,7 @@ LAYOUTS = {  # layout -> case name, file name, raw value of each training label
 ROLES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "seg": "seg"}
 MSD_CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}
 
+TUMOUR = ("oedema", "rim", "necrosis")  # from the outside in
 # Signal of each tissue relative to white matter.
 SIGNAL = {
     "t1": {"white": 1.0, "grey": 0.76, "csf": 0.34, "oedema": 0.68, "rim": 0.66, "necrosis": 0.46, "vessel": 0.9},
@@ -42,6 +48,8 @@ SIGNAL = {
     "t2": {"white": 0.72, "grey": 0.98, "csf": 1.75, "oedema": 1.30, "rim": 1.05, "necrosis": 1.55, "vessel": 0.6},
     "flair": {"white": 0.78, "grey": 1.0, "csf": 0.34, "oedema": 1.65, "rim": 1.35, "necrosis": 0.95, "vessel": 0.6},
 }
+
+LOOK = {"texture": 0.10, "bias": 0.10, "noise": (0.02, 0.035), "blur_mm": None}  # see draw_look
 
 # center and half axes in mm (right, anterior, superior of the middle of the brain); "side" ones come left and right
 DEEP_GREY = (((12, -14, 4), (9, 15, 9)), ((14, 20, 10), (5, 13, 8)), ((25, 6, 2), (6, 17, 10)))
@@ -54,26 +62,29 @@ VENTRICLES = (
 MIDLINE_VENTRICLES = (((0, -6, 0), (2, 13, 9)), ((0, -40, -32), (5, 5, 8)))
 
 
-def make_case(seed: int, index: int, spacing_mm: float = 1.0):
+def make_case(seed: int, index: int, spacing_mm: float = 1.0, varied: bool = False):
     """One case: {modality: int16 [X, Y, Z]}, training labels uint8 [X, Y, Z], and the LPS affine [4, 4] in mm.
 
-    At 1 mm the grid is BraTS's 240x240x155; another `spacing_mm` shows the same head on a coarser or finer one.
+    At 1 mm the grid is BraTS's 240x240x155; another `spacing_mm` shows the same head on a coarser or finer one. With
+    `varied`, contrasts, tumours and image quality are drawn from wide ranges.
     """
     rng = np.random.default_rng([seed, index])
     shape = tuple(round(n / spacing_mm) for n in SHAPE)
     axes = [(np.arange(n, dtype=np.float32) + 0.5) * spacing_mm - c for n, c in zip(shape, CENTER_MM, strict=True)]
     box = tuple(slice(*np.searchsorted(axis, limits)) for axis, limits in zip(axes, HEAD_MM, strict=True))
     axes = [axis[side] for axis, side in zip(axes, box, strict=True)]
-    tumours = draw_tumours(rng, enhancing=index % 8 != 7)
+    tumours = draw_varied_tumours(rng) if varied else draw_tumours(rng, enhancing=index % 8 != 7)
+    signals = draw_signals(rng) if varied else SIGNAL
     position = push_aside(np.meshgrid(*axes, indexing="ij", copy=False), tumours)  # three of [D, H, W]
     tissue = draw_anatomy(rng, axes, position)
     label, tumour = grow_tumours(rng, axes, tumours, tissue)
     volumes = {}
     grain = _grain(rng, label.shape)
     vessels = _ramp(_noise(rng, axes, 9) - 2.1, 0.15) * tissue["csf"] * tissue["brain"]
-    for modality, signal in SIGNAL.items():
+    for modality, signal in signals.items():
+        look = draw_look(rng) if varied else LOOK
         scale = float(np.exp(rng.uniform(np.log(600), np.log(6000))))
-        picture = render(rng, axes, signal, scale, tissue, tumour, vessels, grain)
+        picture = render(rng, axes, signal, look, scale, tissue, tumour, vessels, grain)
         volume = np.zeros(shape, np.int16)
         volume[box] = picture
         volumes[modality] = np.ascontiguousarray(volume[::-1, ::-1])  # RAS -> LPS
@@ -146,7 +157,21 @@ def draw_tumours(rng, enhancing: bool) -> list[dict]:
         core = rng.uniform(11, 21) if number == 0 else rng.uniform(5, 9)
         center = np.array([side * (-1) ** number * rng.uniform(22, 38), rng.uniform(-48, 40), rng.uniform(-8, 36)])
         tumours.append({"center": center, "core": core, "oedema": core + rng.uniform(5, 13),
-                        "rim": rng.uniform(2.5, 5.0) if enhancing else 0.0})  # fmt: skip
+                        "rim": rng.uniform(2.5, 5.0) if enhancing else 0.0, "thinnest": 0.9,
+                        "roughness": 1.6})  # fmt: skip
+    return tumours
+
+
+def draw_varied_tumours(rng) -> list[dict]:
+    """The same places, but any size, with or without oedema around, and cores that do not enhance, do all through, or
+    in a rim of any thickness, which may have gaps."""
+    enhancing = rng.random() > 0.15
+    tumours = draw_tumours(rng, enhancing)
+    for number, tumour in enumerate(tumours):
+        core = rng.uniform(8, 27) if number == 0 else rng.uniform(4, 10)
+        share = 1.5 if rng.random() < 0.1 else rng.uniform(0.05, 0.5)
+        tumour |= {"core": core, "oedema": core + rng.uniform(1, 16), "rim": share * core if enhancing else 0.0,
+                   "thinnest": 0.0, "roughness": rng.uniform(0.5, 3.0)}  # fmt: skip
     return tumours
 
 
@@ -163,7 +188,7 @@ def push_aside(position, tumours: list[dict]) -> list[np.ndarray]:
 
 def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Training labels uint8 [D, H, W] and soft fractions of oedema, rim and necrosis."""
-    soft = {name: np.zeros_like(tissue["white"]) for name in ("oedema", "rim", "necrosis")}
+    soft = {name: np.zeros_like(tissue["white"]) for name in TUMOUR}
     coarse, fine = _noise(rng, axes, 34), _noise(rng, axes, 13)
     room = tissue["brain"] * (1 - tissue["ventricle"])
     for tumour in tumours:
@@ -173,7 +198,7 @@ def grow_tumours(rng, axes, tumours: list[dict], tissue) -> tuple[np.ndarray, di
         core = distance + 0.9 * fine - tumour["core"]
         # oedema runs along the white matter and stops at the cortex
         swollen = distance + 4.0 * coarse + 1.5 * fine - tumour["oedema"] + 9 * (0.75 - tissue["white"])
-        rim = np.maximum(tumour["rim"] + 1.6 * fine, 0.9) if tumour["rim"] else 0
+        rim = np.maximum(tumour["rim"] + tumour["roughness"] * fine, tumour["thinnest"]) if tumour["rim"] else 0
         whole = 1 - _ramp(np.minimum(swollen, core), 0.9)
         there = room * _around_largest_part(whole * room > 0.5)
         soft["oedema"] = np.maximum(soft["oedema"], whole * there)
@@ -193,15 +218,42 @@ def _around_largest_part(mask):
 # ---- intensities ---------------------------------------------------------------------------------------------------
 
 
-def render(rng, axes, signal, scale, tissue, tumour, vessels, grain) -> np.ndarray:
-    """One modality as int16 [D, H, W]: the `signal` of each tissue, bias field, Rician noise; 0 outside the brain."""
+def draw_signals(rng) -> dict[str, dict[str, float]]:
+    """SIGNAL as another scanner and another tumour would have it: every tissue is brighter or darker, the tumour stands
+    out more or less, and what does not enhance in its core is anything from necrosis to nearly oedema."""
+    signals, solid = {}, rng.uniform(0, 0.8)
+    for modality, usual in SIGNAL.items():
+        signal = {name: value * float(np.exp(rng.normal(0, 0.12))) for name, value in usual.items()}
+        strength = rng.uniform(0.5, 1.3)
+        for name in TUMOUR:
+            signal[name] = signal["white"] + strength * (signal[name] - signal["white"])
+        signal["necrosis"] += solid * (signal["oedema"] - signal["necrosis"])
+        signals[modality] = signal
+    return signals
+
+
+def draw_look(rng) -> dict:
+    """The quality of one modality: how much the tumour's texture and the coil vary the signal, the range of the noise's
+    standard deviation, relative to the signal of 1, and the standard deviation in mm of a blur along each axis, of
+    which one is that of thick slices."""
+    blur_mm = rng.uniform(0, 0.8, 3)
+    blur_mm[rng.integers(3)] *= 2.5
+    return {"texture": rng.uniform(0.05, 0.25), "bias": rng.uniform(0.03, 0.2), "noise": (0.01, 0.06),
+            "blur_mm": blur_mm}  # fmt: skip
+
+
+def render(rng, axes, signal, look, scale, tissue, tumour, vessels, grain) -> np.ndarray:
+    """One modality as int16 [D, H, W]: the `signal` of each tissue with the bias field, blur and Rician noise of its
+    `look`; 0 outside the brain."""
     picture = sum(signal[name] * tissue[name] for name in ("white", "grey", "csf"))
     picture += vessels * (signal["vessel"] - picture)
-    texture = 1 + 0.10 * _noise(rng, axes, 7)
-    for name in ("oedema", "rim", "necrosis"):  # from the outside in
+    texture = 1 + look["texture"] * _noise(rng, axes, 7)
+    for name in TUMOUR:
         picture += tumour[name] * (signal[name] * texture - picture)
-    picture *= np.exp(0.10 * _noise(rng, axes, 90))
-    sd = rng.uniform(0.02, 0.035)
+    picture *= np.exp(look["bias"] * _noise(rng, axes, 90))
+    if look["blur_mm"] is not None:
+        picture = ndimage.gaussian_filter(picture, look["blur_mm"] / (axes[0][1] - axes[0][0]), truncate=3)
+    sd = rng.uniform(*look["noise"])
     real, imaginary = (np.roll(grain, int(shift), axis=0) for shift in rng.integers(10, 90, 2))
     picture = np.hypot(picture + sd * real, sd * imaginary) * tissue["brain"] * np.float32(scale)
     picture = np.clip(np.rint(picture), -32768, 32767).astype(np.int16)
@@ -248,11 +300,11 @@ def _ramp(value, half_width):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_case(out: Path, layout: str, seed: int, index: int, spacing_mm: float = 1.0) -> str:
+def write_case(out: Path, layout: str, seed: int, index: int, spacing_mm: float = 1.0, varied: bool = False) -> str:
     """Write case `index` in a layout's names and label values; returns the case's name."""
     name, pattern, raw_labels = LAYOUTS[layout]
     case = name.format(index + (1 if layout in ("brats2020", "msd") else 0))
-    volumes, segmentation, affine = make_case(seed, index, spacing_mm)
+    volumes, segmentation, affine = make_case(seed, index, spacing_mm, varied)
     segmentation = np.array(raw_labels, np.uint8)[segmentation]
     if layout == "msd":
         _write(out / f"imagesTr/{case}.nii.gz", np.stack([volumes[m] for m in MSD_CHANNELS], axis=-1), affine)
@@ -271,11 +323,11 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray):
     write_atomically(path, igzip.compress(data, compresslevel=2, mtime=0) if path.suffix == ".gz" else data)
 
 
-def write_cases(out: Path, cases: range, seed: int, layout: str):
+def write_cases(out: Path, cases: range, seed: int, layout: str, varied: bool):
     """Write the cases with these indices in parallel, and for the MSD layout its dataset.json."""
     out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(len(cases), usable_cpus()), get_context("spawn")) as pool:
-        futures = [pool.submit(write_case, out, layout, seed, index) for index in cases]
+        futures = [pool.submit(write_case, out, layout, seed, index, varied=varied) for index in cases]
         names = [future.result() for future in tqdm(futures, unit="case")]
     if layout == "msd":
         description = {
@@ -298,12 +350,15 @@ def main() -> int:
                              "(default: 0)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--layout", choices=LAYOUTS, default="brats2021", help="names and labels (default: brats2021)")
+    parser.add_argument("--varied", action="store_true",
+                        help="contrasts, tumours and image quality from wide ranges, for networks that are to know "
+                             "patients as well")  # fmt: skip
     args = parser.parse_args()
     if args.cases < 1 or args.seed < 0 or args.first < 0:
         parser.error("--cases must be 1 or more, --first and --seed 0 or more")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"{args.out} is a file: name a folder")
-    write_cases(args.out, range(args.first, args.first + args.cases), args.seed, args.layout)
+    write_cases(args.out, range(args.first, args.first + args.cases), args.seed, args.layout, args.varied)
     print(f"Wrote {args.cases} synthetic cases ({args.layout}) to {args.out}")
     return 0
 
