@@ -79,6 +79,21 @@ def test_each_modality_shows_the_tumour_as_a_radiologist_expects(cases):
         assert contrast("t1ce", 1) < 0.9
 
 
+def test_varied_heads_differ_in_contrast_more_than_usual_ones_and_still_enhance(cases):
+    def enhancement(case):
+        volumes, label, _ = case
+        return np.median(volumes["t1ce"][label == 3]) / np.median(volumes["t1ce"][(volumes["t1ce"] > 0) & (label == 0)])
+
+    varied = [make_case(0, index, spacing_mm=3.0, varied=True) for index in range(12)]
+    enhancing = [case for case in varied if (case[1] == 3).any()]
+    assert 8 <= len(enhancing) < 12  # those without come by chance
+    usual, drawn = ([enhancement(case) for case in some] for some in (cases[:7], enhancing))
+    assert np.std(drawn) > 2 * np.std(usual) and min(drawn) > 1.05
+    sizes_ml = [(label > 0).sum() * 0.027 for _, label, _ in varied]
+    assert min(sizes_ml) < 60 and max(sizes_ml) > 150
+    assert all((volumes["t1"][label > 0] != 0).mean() > 0.99 for volumes, label, _ in varied)
+
+
 def test_intensity_ranges_differ_by_case_and_modality():
     tops = [np.percentile(v, 99.9) for i in range(8) for v in make_case(0, i, 5.0)[0].values()]
     assert max(tops) > 4 * min(tops)
@@ -104,7 +119,7 @@ def test_the_command_line_writes_cases_and_refuses_nonsense(tmp_path):
         command = [sys.executable, "-m", "models.phantom", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    done = run(str(tmp_path / "out"), "--cases", "1", "--first", "900", "--layout", "msd")
+    done = run(str(tmp_path / "out"), "--cases", "1", "--first", "900", "--layout", "msd", "--varied")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/dataset.json").read_text())["numTraining"] == 1
     assert [case.name for case in find_cases(tmp_path / "out")] == ["BRATS_901"]  # this data set counts from 1
