@@ -46,6 +46,7 @@ COMMON = "--batch-size 2 --learning-rate 3e-3"  # flags of all variants, before 
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 PHANTOMS = "--init models/unet/results/phantoms-64/last.pt"  # see RESULTS.md
+VARIED = "--init models/unet/results/varied-64/last.pt"
 SWIN = "--feature-size 12 --window-size 4"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
@@ -56,10 +57,9 @@ VARIANTS = {  # name: training script, its flags
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
     "baseline-phantoms": ("train_unet.py", PHANTOMS),
-    "phantoms-1e-3": ("train_unet.py", f"{PHANTOMS} --learning-rate 1e-3"),
-    "phantoms-strong": ("train_unet.py", f"{PHANTOMS} --augmentation strong"),
-    "phantoms-paste": ("train_unet.py", f"{PHANTOMS} --copy-paste 0.3"),
-    "phantoms-ema": ("train_unet.py", f"{PHANTOMS} --ema 0.99"),
+    "baseline-varied": ("train_unet.py", VARIED),
+    "varied-strong": ("train_unet.py", f"{VARIED} --augmentation strong"),
+    "varied-paste": ("train_unet.py", f"{VARIED} --copy-paste 0.3"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
