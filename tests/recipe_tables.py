@@ -68,11 +68,27 @@ def factors() -> list[str]:
     """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
     path, variants = f"{TESTS}/recipe.csv", variants_of("40")
     reference, lines = variants.pop(("baseline", "real64cv")), []
+    variants = {key: rows for key, rows in variants.items() if key[1] != "real64"}  # in float32: see heads
     for rows in (reference, *variants.values()):
         lines.append([*variant_cells(rows, reference), f"{float(rows[0]['gmac']):.1f}",
                       seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
     return table("U-Net, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def heads() -> list[str]:
+    """Weights from usual and from varied synthetic heads, as they are and after a training on nine patients;
+    differences are those to usual heads."""
+    path, lines = f"{TESTS}/recipe.csv", []
+    for epochs in ("0", "40"):
+        variants = variants_of(epochs)
+        usual, varied = (variants[f"baseline-{kind}", "real64"] for kind in ("phantoms", "varied"))
+        for kind, rows in (("usual", usual), ("varied", varied)):
+            compared = "-" if rows is usual else change_of_labels(usual, rows)
+            lines.append([kind, epochs, str(len({row["seed"] for row in rows})), *means_over_seeds(rows), compared,
+                          source(path, rows)])  # fmt: skip
+    return table("64 heads, epochs on 9 patients, seeds, labels ± between seeds, WT, TC, ET, "
+                 "difference of labels (95 % interval) and better in, source", lines)  # fmt: skip
 
 
 def equal_minutes() -> list[str]:

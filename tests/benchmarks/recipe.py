@@ -10,6 +10,8 @@ models/<network>/results/recipe-<variant>-<data>-e<epochs>-s<seed>-fold<k>. What
 interrupted goes on, so this can be killed and started again. Each validation case adds a row per target to the CSV: its
 Dice after the last epoch, which counts, and after the best one, which was chosen on these very cases.
 
+With --epochs 0 the weights that a variant starts from are scored as they are, once.
+
 The table at the end has means over cases (of each first over the seeds) and, for the difference to its first line, the
 interval that holds 95 % of 10,000 resamplings of the cases. A case whose truth has no voxel of a label is left out of
 that label's mean.
@@ -83,8 +85,10 @@ def flags_of(variant: str, amp: str) -> str:
 
 
 def train(variant: str, data: Path, epochs: int, seed: int, fold: int, amp: str) -> Path:
-    """Train one fold, or what is left of it; returns the run's folder."""
-    script = VARIANTS[variant][0]
+    """Train one fold, or what is left of it; returns the run's folder. No epochs: that of the weights to start from."""
+    script, flags = VARIANTS[variant]
+    if epochs == 0:
+        return ROOT / Path(flags.split("--init ")[1].split()[0]).parent
     network = script.removeprefix("train_").removesuffix(".py")
     name = f"recipe-{variant}-{data.name}-e{epochs}-s{seed}-fold{fold}"
     folder = ROOT / "models" / network / "results" / name
