@@ -47,8 +47,6 @@ RESULTS = Path(__file__).parent / "results" / "recipe.csv"
 COMMON = "--batch-size 2 --learning-rate 3e-3"  # flags of all variants, before their own
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
-PHANTOMS = "--init models/unet/results/phantoms-64/last.pt"  # see RESULTS.md
-VARIED = "--init models/unet/results/varied-64/last.pt"
 SWIN = "--feature-size 12 --window-size 4"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
@@ -58,10 +56,9 @@ VARIANTS = {  # name: training script, its flags
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", PHANTOMS),
-    "baseline-varied": ("train_unet.py", VARIED),
-    "varied-strong": ("train_unet.py", f"{VARIED} --augmentation strong"),
-    "varied-paste": ("train_unet.py", f"{VARIED} --copy-paste 0.3"),
+    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
+    "baseline-varied": ("train_unet.py", "--init models/unet/results/varied-64/last.pt"),
+    "baseline-varied-strong": ("train_unet.py", "--init models/unet/results/varied-strong-64/last.pt"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
