@@ -48,6 +48,9 @@ COMMON = "--batch-size 2 --learning-rate 3e-3"  # flags of all variants, before 
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 SWIN = "--feature-size 12 --window-size 4"
+PHANTOMS = "--init models/unet/results/phantoms-64/last.pt"  # see RESULTS.md
+VARIED = "--init models/unet/results/varied-64/last.pt"
+VARIED_STRONG = "--init models/unet/results/varied-strong-64/last.pt"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
     "baseline-1e-3": ("train_unet.py", "--learning-rate 1e-3"),
@@ -56,9 +59,12 @@ VARIANTS = {  # name: training script, its flags
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
-    "baseline-varied": ("train_unet.py", "--init models/unet/results/varied-64/last.pt"),
-    "baseline-varied-strong": ("train_unet.py", "--init models/unet/results/varied-strong-64/last.pt"),
+    "baseline-phantoms": ("train_unet.py", PHANTOMS),
+    "baseline-phantoms-1e-3": ("train_unet.py", f"{PHANTOMS} --learning-rate 1e-3"),
+    "baseline-varied": ("train_unet.py", VARIED),
+    "baseline-varied-1e-3": ("train_unet.py", f"{VARIED} --learning-rate 1e-3"),
+    "baseline-varied-strong": ("train_unet.py", VARIED_STRONG),
+    "baseline-varied-strong-1e-3": ("train_unet.py", f"{VARIED_STRONG} --learning-rate 1e-3"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
