@@ -77,19 +77,14 @@ def factors() -> list[str]:
 
 
 def heads() -> list[str]:
-    """Weights from usual and from varied synthetic heads, as they are and after a training on nine patients;
-    differences are those to usual heads."""
-    path, lines = f"{TESTS}/recipe.csv", []
-    kinds = {"phantoms": "usual", "varied": "varied", "varied-strong": "varied, `--augmentation strong`"}
-    for epochs in ("0", "40"):
-        variants = variants_of(epochs)
-        found = {kind: variants[f"baseline-{kind}", "real64"] for kind in kinds
-                 if (f"baseline-{kind}", "real64") in variants}  # fmt: skip
-        for kind, rows in found.items():
-            compared = "-" if kind == "phantoms" else change_of_labels(found["phantoms"], rows)
-            lines.append([kinds[kind], epochs, str(len({row["seed"] for row in rows})), *means_over_seeds(rows),
-                          compared, source(path, rows)])  # fmt: skip
-    return table("64 heads, epochs on 9 patients, seeds, labels ± between seeds, WT, TC, ET, "
+    """A training on nine patients after usual and after varied synthetic heads; differences are those to usual ones."""
+    path, variants, lines = f"{TESTS}/recipe.csv", variants_of("40"), []
+    usual, varied = (variants[f"baseline-{kind}", "real64"] for kind in ("phantoms", "varied"))
+    for name, rows in (("64 usual heads", usual), ("64 varied heads", varied)):
+        compared = "-" if rows is usual else change_of_labels(usual, rows)
+        seeds = {row["seed"] for row in rows}
+        lines.append([name, str(len(seeds)), *means_over_seeds(rows), compared, source(path, rows)])
+    return table("40 epochs on 9 patients after, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, source", lines)  # fmt: skip
 
 
@@ -134,7 +129,9 @@ def starts() -> list[str]:
     for start, epochs in sorted(groups, key=lambda key: (key[0] != "random", key)):
         each = groups[start, epochs]
         cells = means_over_seeds(each)
-        names = {"random": "random", "phantoms": "24 phantoms", "patients": "6 other patients"}
+        names = {"random": "random", "phantoms": "24 heads", "patients": "6 other patients",
+                 "phantoms-64": "64 heads", "varied-64": "64 varied heads",
+                 "varied-strong-64": "64 varied heads, `--augmentation strong`"}  # fmt: skip
         compared, link = ("-", source(path, first)) if each is first else (change_of_labels(first, each), "")
         lines.append([names[start], epochs, *cells, compared, link])
     return table("weights from, epochs on 3 patients, labels ± between seeds, WT, TC, ET, "

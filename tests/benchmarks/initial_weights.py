@@ -5,10 +5,12 @@
   python -m models.phantom PHANTOMS --cases 24
   python preprocess_brats.py PHANTOMS PHANTOM_DATA --size 64 --test-share 0
   python tests/benchmarks/initial_weights.py DATA PHANTOM_DATA --seeds 0 1 2
+  python tests/benchmarks/initial_weights.py DATA --weights RUN/last.pt --amp off --seeds 0 1 2
 
 Of each fold of DATA, its own cases are scored and those of the next fold are what somebody has: the U-Net is trained on
 these alone for --epochs epochs, from random weights, from weights that were trained on the patients of the other folds,
-and from weights that were trained on phantoms, which no scan went into. The weights themselves are scored, too.
+and from weights that were trained on phantoms, which no scan went into. Or from --weights alone, which are called by
+the names of their runs. The weights themselves are scored, too.
 Interrupted, it goes on with the next training. Each scored case adds a row per target to the CSV.
 """
 
@@ -19,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,14 +32,13 @@ from csv_rows import append_rows
 from recipe import ROOT, dice_of_cases, difference, means, scores_of
 
 from models.brats import LABELS, TARGETS
-from models.device import choose_device, device_name
+from models.device import AMP_DTYPES, choose_device, device_name
 from models.files import git_commit
 from models.tensors import load_case
 
 RESULTS = Path(__file__).parent / "results" / "initial_weights.csv"
 RUNS = ROOT / "models" / "unet" / "results"
 WEIGHTS_EPOCHS = 40  # of the trainings that make the weights
-STARTS = ("random", "phantoms", "patients")
 
 
 def subset(data: Path, name: str, train: list[str], scored: list[str]) -> Path:
@@ -53,11 +55,11 @@ def subset(data: Path, name: str, train: list[str], scored: list[str]) -> Path:
     return folder
 
 
-def train(data: Path, name: str, epochs: int, seed: int, *flags: str) -> Path:
+def train(data: Path, name: str, epochs: int, seed: int, amp: str, *flags: str) -> Path:
     """Train, unless that is done; returns the last checkpoint."""
     last = RUNS / name / "last.pt"
     command = [sys.executable, "train_unet.py", data.resolve(), "--epochs", epochs, "--seed", seed, "--run-name", name,
-               "--amp", "bf16", *flags, *["--resume"] * last.exists()]  # fmt: skip
+               "--amp", amp, *flags, *["--resume"] * last.exists()]  # fmt: skip
     result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{result.stderr[-3000:]}")
@@ -77,35 +79,53 @@ def rows_of(checkpoint: Path, data: Path, scored: list[str], described: dict) ->
     return rows
 
 
-def measure(data: Path, phantoms: Path, folds: list[list[str]], epochs: int, seed: int, path: Path):
-    """Train and score everything with one seed."""
-    weights = {"phantoms": train(phantoms, f"init-phantoms-s{seed}", WEIGHTS_EPOCHS, seed)}
-    for fold, scored in enumerate(folds):
-        own, others = folds[(fold + 1) % len(folds)], [case for other in folds for case in other]
-        others = [case for case in others if case not in (*own, *scored)]
-        there = subset(data, f"others{fold}", others, scored)
-        weights["patients"] = train(there, f"init-patients{fold}-s{seed}", WEIGHTS_EPOCHS, seed)
-        here = subset(data, f"own{fold}", own, scored)
-        for start in STARTS:
-            described = {"start": start, "epochs": epochs, "seed": seed, "fold": fold, "own": len(own)}
-            init = ["--init", str(weights[start])] if start in weights else []
-            last = train(here, f"init-{start}-e{epochs}-s{seed}-own{fold}", epochs, seed, *init)
-            append_rows(path, rows_of(last, here, scored, described))
-            if init:
-                append_rows(path, rows_of(weights[start], here, scored, described | {"epochs": 0, "own": 0}))
+def make_weights(data: Path, phantoms: Path, folds: list[list[str]], fold: int, seed: int, amp: str) -> dict:
+    """name -> checkpoint, or None for random weights: the starts where the cases of this fold are scored."""
+    kept_apart = (*folds[fold], *own_cases(folds, fold))
+    seen = [case for other in folds for case in other if case not in kept_apart]
+    there = subset(data, f"others{fold}", seen, folds[fold])
+    return {
+        "random": None,
+        "phantoms": train(phantoms, f"init-phantoms-s{seed}", WEIGHTS_EPOCHS, seed, amp),
+        "patients": train(there, f"init-patients{fold}-s{seed}", WEIGHTS_EPOCHS, seed, amp),
+    }
+
+
+def own_cases(folds: list[list[str]], fold: int) -> list[str]:
+    """What somebody has to train on where the cases of this fold are scored."""
+    return folds[(fold + 1) % len(folds)]
+
+
+def measure(data: Path, weights: dict, folds: list[list[str]], fold: int, epochs: int, seed: int, amp: str, path: Path):
+    """Train from each of the weights and score that, and the weights themselves."""
+    own, scored = own_cases(folds, fold), folds[fold]
+    here = subset(data, f"own{fold}", own, scored)
+    for start, checkpoint in weights.items():
+        described = {"start": start, "epochs": epochs, "seed": seed, "fold": fold, "own": len(own)}
+        init = ["--init", str(checkpoint)] if checkpoint else []
+        last = train(here, f"init-{start}-e{epochs}-s{seed}-own{fold}", epochs, seed, amp, *init)
+        append_rows(path, rows_of(last, here, scored, described))
+        if checkpoint:
+            append_rows(path, rows_of(checkpoint, here, scored, described | {"epochs": 0, "own": 0}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("phantoms", type=Path, help="preprocessed phantoms")
+    parser.add_argument("phantoms", type=Path, nargs="?", help="preprocessed phantoms")
+    parser.add_argument("--weights", type=Path, nargs="+", default=[], help="start from these checkpoints alone")
+    parser.add_argument("--amp", choices=AMP_DTYPES, default="bf16")
     parser.add_argument("--epochs", type=int, default=10, help="of the short trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args()
     folds = [fold["validation"] for fold in json.loads((args.data / "splits.json").read_text())["folds"]]
-    for seed in args.seeds:
-        measure(args.data, args.phantoms, folds, args.epochs, seed, args.csv)
+    if not (args.phantoms or args.weights):
+        parser.error("name the preprocessed phantoms, or --weights to start from")
+    given = {path.resolve().parent.name: path.resolve() for path in args.weights}
+    for seed, fold in product(args.seeds, range(len(folds))):
+        weights = given or make_weights(args.data, args.phantoms, folds, fold, seed, args.amp)
+        measure(args.data, weights, folds, fold, args.epochs, seed, args.amp, args.csv)
     print_table(list(csv.DictReader(args.csv.open(newline=""))))
 
 

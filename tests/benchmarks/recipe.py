@@ -10,8 +10,6 @@ models/<network>/results/recipe-<variant>-<data>-e<epochs>-s<seed>-fold<k>. What
 interrupted goes on, so this can be killed and started again. Each validation case adds a row per target to the CSV: its
 Dice after the last epoch, which counts, and after the best one, which was chosen on these very cases.
 
-With --epochs 0 the weights that a variant starts from are scored as they are, once.
-
 The table at the end has means over cases (of each first over the seeds) and, for the difference to its first line, the
 interval that holds 95 % of 10,000 resamplings of the cases. A case whose truth has no voxel of a label is left out of
 that label's mean.
@@ -48,9 +46,6 @@ COMMON = "--batch-size 2 --learning-rate 3e-3"  # flags of all variants, before 
 FULL_8 = "--variant full-resolution --channels 8 32 64 128 256"
 FOLDED_8 = "--variant space-to-depth --channels 8 32 64 128 256 --residual"
 SWIN = "--feature-size 12 --window-size 4"
-PHANTOMS = "--init models/unet/results/phantoms-64/last.pt"  # see RESULTS.md
-VARIED = "--init models/unet/results/varied-64/last.pt"
-VARIED_STRONG = "--init models/unet/results/varied-strong-64/last.pt"
 VARIANTS = {  # name: training script, its flags
     "baseline": ("train_unet.py", ""),
     "baseline-1e-3": ("train_unet.py", "--learning-rate 1e-3"),
@@ -59,12 +54,8 @@ VARIANTS = {  # name: training script, its flags
     "baseline-strong": ("train_unet.py", "--augmentation strong"),
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
-    "baseline-phantoms": ("train_unet.py", PHANTOMS),
-    "baseline-phantoms-1e-3": ("train_unet.py", f"{PHANTOMS} --learning-rate 1e-3"),
-    "baseline-varied": ("train_unet.py", VARIED),
-    "baseline-varied-1e-3": ("train_unet.py", f"{VARIED} --learning-rate 1e-3"),
-    "baseline-varied-strong": ("train_unet.py", VARIED_STRONG),
-    "baseline-varied-strong-1e-3": ("train_unet.py", f"{VARIED_STRONG} --learning-rate 1e-3"),
+    "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
+    "baseline-varied": ("train_unet.py", "--init models/unet/results/varied-64/last.pt"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
     "full-8": ("train_unet.py", FULL_8),
@@ -88,10 +79,8 @@ def flags_of(variant: str, amp: str) -> str:
 
 
 def train(variant: str, data: Path, epochs: int, seed: int, fold: int, amp: str) -> Path:
-    """Train one fold, or what is left of it; returns the run's folder. No epochs: that of the weights to start from."""
-    script, flags = VARIANTS[variant]
-    if epochs == 0:
-        return ROOT / Path(flags.split("--init ")[1].split()[0]).parent
+    """Train one fold, or what is left of it; returns the run's folder."""
+    script = VARIANTS[variant][0]
     network = script.removeprefix("train_").removesuffix(".py")
     name = f"recipe-{variant}-{data.name}-e{epochs}-s{seed}-fold{fold}"
     folder = ROOT / "models" / network / "results" / name
