@@ -7,7 +7,6 @@ from table_cells import (
     NETWORKS,
     REGIONS,
     ROWS,
-    SCORES,
     TESTS,
     commit_of,
     folds_of,
@@ -22,14 +21,15 @@ from table_cells import (
 from models.evaluation.statistics import mean_interval
 from tests.benchmarks import recipe
 
-BEGINNINGS = {  # network, size -> name of the cross-validated runs, name in their table, what they were
-    ("unet", 96): (("baseline-real-96", "baseline-real-96", "60 epochs, learning rate 1e-3"),
-                   ("real-96", "real-96", "100 epochs"),
-                   ("phantoms-real-96", ROWS["unet"], "60 epochs, from weights of phantoms")),
-    ("unet", 128): (("baseline-real-128", "baseline-real-128", "60 epochs, learning rate 1e-3"),
-                    ("phantoms-real-128", "phantoms-real-128", "60 epochs, from weights of phantoms")),
-    ("swinunetr", 96): (("real-96", "swinunetr-real-96", "40 epochs"),
-                        ("phantoms-real-96", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
+FOLDS = "-fold0/evaluation-cross-validation"
+BEGINNINGS = {  # network -> folder of an evaluation, name of the runs in it, what they were
+    "unet": ((f"baseline-real-96{FOLDS}", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+             (f"real-96{FOLDS}", "real-96", "100 epochs"),
+             (f"phantoms-real-96{FOLDS}", ROWS["unet"], "60 epochs, from weights of phantoms"),
+             (f"phantoms-real-128{FOLDS}", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms"),
+             ("varied-96/evaluation-cases", "varied-96", "128 varied phantoms and no patient")),
+    "swinunetr": ((f"real-96{FOLDS}", "swinunetr-real-96", "40 epochs"),
+                  (f"phantoms-real-96{FOLDS}", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
 
 
@@ -46,20 +46,20 @@ def networks() -> list[str]:
 
 
 def beginnings() -> list[str]:
-    """What the cross-validation owes to the learning rate and to weights from phantoms, in native space; differences
-    are those to the first line of the network and size."""
+    """What the cross-validation owes to the learning rate, weights from phantoms, and the size, in native space."""
     lines = []
-    for (network, size), trainings in BEGINNINGS.items():
+    for network, trainings in BEGINNINGS.items():
         first = None
-        for runs, name, what in trainings:
-            path = f"models/unet/results/{runs}-fold0/{SCORES}"
+        for folder, name, what in trainings:
+            # Scores of both networks stand in the U-Net's folder.
+            path = f"models/unet/results/{folder}/per_case.csv"
             rows = [{"case": row["case"], "target": row["target"], "dice_last": row["dice"],
                      "true_voxels": float(row["true_ml"]) > 0} for row in read(path, run=name)]  # fmt: skip
             first = first or rows
             compared = "-" if rows is first else change_of_labels(first, rows)
-            link = source(path, [commit_of(f"models/{network}/results/{runs}-fold0")])
+            link = source(path, [commit_of(f"models/{network}/results/{folder.split('/')[0]}")])
             cells = [f"{mean:.3f}" for mean in label_means(rows)]
-            lines.append([f"{NETWORKS[network]}, {size}³, {what}", *cells, compared, link])
+            lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
     return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
                  lines)  # fmt: skip
 
