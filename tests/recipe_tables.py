@@ -123,17 +123,16 @@ def variant_cells(rows: list[dict], reference: list[dict]) -> list[str]:
 def starts() -> list[str]:
     """What a short training on three patients reaches from several weights; the first line is from random ones."""
     path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
+    names = {"random": "random", "patients": "6 other patients", "phantoms": "24 heads", "phantoms-64": "64 heads",
+             "phantoms-strong-64": "64 heads, `--augmentation strong`", "varied-64": "64 varied heads",
+             "varied-strong-64": "64 varied heads, `--augmentation strong`"}  # fmt: skip
     for row in read(path):
         groups.setdefault((row["start"], row["epochs"]), []).append(row)
     first = groups["random", "10"]
-    for start, epochs in sorted(groups, key=lambda key: (key[0] != "random", key)):
+    for start, epochs in sorted(groups, key=lambda key: ([*names].index(key[0]), key)):
         each = groups[start, epochs]
-        cells = means_over_seeds(each)
-        names = {"random": "random", "phantoms": "24 heads", "patients": "6 other patients",
-                 "phantoms-64": "64 heads", "varied-64": "64 varied heads",
-                 "varied-strong-64": "64 varied heads, `--augmentation strong`"}  # fmt: skip
-        compared, link = ("-", source(path, first)) if each is first else (change_of_labels(first, each), "")
-        lines.append([names[start], epochs, *cells, compared, link])
+        compared = "-" if each is first else change_of_labels(first, each)
+        lines.append([names[start], epochs, *means_over_seeds(each), compared, source(path, each)])
     return table("weights from, epochs on 3 patients, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, source", lines)  # fmt: skip
 

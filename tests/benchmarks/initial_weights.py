@@ -10,7 +10,7 @@
 Of each fold of DATA, its own cases are scored and those of the next fold are what somebody has: the U-Net is trained on
 these alone for --epochs epochs, from random weights, from weights that were trained on the patients of the other folds,
 and from weights that were trained on phantoms, which no scan went into. Or from --weights alone, which are called by
-the names of their runs. The weights themselves are scored, too.
+the names of their runs. The weights themselves are scored, too; those given with the first seed alone.
 Interrupted, it goes on with the next training. Each scored case adds a row per target to the CSV.
 """
 
@@ -96,8 +96,9 @@ def own_cases(folds: list[list[str]], fold: int) -> list[str]:
     return folds[(fold + 1) % len(folds)]
 
 
-def measure(data: Path, weights: dict, folds: list[list[str]], fold: int, epochs: int, seed: int, amp: str, path: Path):
-    """Train from each of the weights and score that, and the weights themselves."""
+def measure(data: Path, weights: dict, folds: list[list[str]], fold: int, epochs: int, seed: int, amp: str, path: Path,
+            as_they_are: bool):  # fmt: skip
+    """Train from each of the weights and score that, and the weights themselves `as_they_are`."""
     own, scored = own_cases(folds, fold), folds[fold]
     here = subset(data, f"own{fold}", own, scored)
     for start, checkpoint in weights.items():
@@ -105,7 +106,7 @@ def measure(data: Path, weights: dict, folds: list[list[str]], fold: int, epochs
         init = ["--init", str(checkpoint)] if checkpoint else []
         last = train(here, f"init-{start}-e{epochs}-s{seed}-own{fold}", epochs, seed, amp, *init)
         append_rows(path, rows_of(last, here, scored, described))
-        if checkpoint:
+        if checkpoint and as_they_are:
             append_rows(path, rows_of(checkpoint, here, scored, described | {"epochs": 0, "own": 0}))
 
 
@@ -125,7 +126,8 @@ def main():
     given = {path.resolve().parent.name: path.resolve() for path in args.weights}
     for seed, fold in product(args.seeds, range(len(folds))):
         weights = given or make_weights(args.data, args.phantoms, folds, fold, seed, args.amp)
-        measure(args.data, weights, folds, fold, args.epochs, seed, args.amp, args.csv)
+        as_they_are = not given or seed == args.seeds[0]
+        measure(args.data, weights, folds, fold, args.epochs, seed, args.amp, args.csv, as_they_are)
     print_table(list(csv.DictReader(args.csv.open(newline=""))))
 
 
