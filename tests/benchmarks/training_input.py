@@ -7,8 +7,8 @@ Both flip each axis and turn with probability 0.5; "noise" adds Gaussian noise t
 --augmentation strong does, with its probabilities: scale, rotation, elastic deformation, bias field, blur, low
 resolution, brightness, contrast and gamma. They start from the same cached case, float32 and int64 or compact (float16
 and uint8, which MONAI converts after its flips, when that is cheapest), and end with the batch of one that the network
-takes, float32 and int64. Freed memory is kept, as in a training. The times are means over the cases: of the clock, and of
-the processor, which other programs disturb less. Rows are added to the CSV.
+takes, float32 and int64. Freed memory is kept, as in a training. The times are means over the cases: of the clock, and
+of the processor, which other programs disturb less. Rows are added to the CSV.
 """
 
 import argparse
