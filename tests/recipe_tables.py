@@ -124,7 +124,7 @@ def starts() -> list[str]:
     """What a short training on three patients reaches from several weights; the first line is from random ones."""
     path, groups, lines = f"{TESTS}/initial_weights.csv", {}, []
     names = {"random": "random", "patients": "6 other patients", "phantoms": "24 heads", "phantoms-64": "64 heads",
-             "phantoms-strong-64": "64 heads, `--augmentation strong`", "varied-64": "64 varied heads",
+             "varied-64": "64 varied heads",
              "varied-strong-64": "64 varied heads, `--augmentation strong`"}  # fmt: skip
     for row in read(path):
         groups.setdefault((row["start"], row["epochs"]), []).append(row)
