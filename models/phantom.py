@@ -1,7 +1,7 @@
 """Synthetic BraTS cases, so that everything runs with no download.
 
   python -m models.phantom demo/raw --cases 24 --seed 0 --layout brats2021
-  python -m models.phantom phantoms --cases 64 --first 90000 --varied      (to train on before patients)
+  python -m models.phantom phantoms --cases 64 --first 90000 --varied      (to train on where there is no patient)
 
 A head is drawn in millimetres from smooth random fields: cortex folded along the zero surfaces of one field,
 ventricles and deep grey matter as warped ellipsoids, gliomas with oedema that follows the white matter. The same seed
@@ -351,8 +351,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--layout", choices=LAYOUTS, default="brats2021", help="names and labels (default: brats2021)")
     parser.add_argument("--varied", action="store_true",
-                        help="contrasts, tumours and image quality from wide ranges, for networks that are to know "
-                             "patients as well")  # fmt: skip
+                        help="contrasts, tumours and image quality from wide ranges, for a network that is to label "
+                             "patients without having seen one")  # fmt: skip
     args = parser.parse_args()
     if args.cases < 1 or args.seed < 0 or args.first < 0:
         parser.error("--cases must be 1 or more, --first and --seed 0 or more")
