@@ -19,7 +19,8 @@ def make_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The loss of logits [B, 4 or 3, D, H, W] and labels [B, 1, D, H, W].
 
     Of labels: Dice of the three plus cross-entropy over all four classes; background has most voxels, so its Dice would
-    hide the others. Of regions: Dice plus binary cross-entropy of each, both as means.
+    hide the others. Of regions: binary cross-entropy of each, and Dice of the three and of NCR and ED as they follow
+    from them. Without these two a network fills the core with ET, and loses NCR, for a small price in the Dice of ET.
     """
     of_labels = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
     if torch.are_deterministic_algorithms_enabled():  # cross-entropy of class indices is not, on CUDA
@@ -29,13 +30,14 @@ def make_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
             return of_one_hot(logits, one_hot(label, logits.shape[1]))
 
     # Not DiceCELoss: with several sigmoid channels its cross-entropy is that of a softmax.
-    dice_of_regions = DiceLoss(sigmoid=True)
+    dice = DiceLoss()
 
     def loss(logits, label):
         if not has_regions(logits):
             return of_labels(logits, label)
         regions = region_masks(label)
-        return dice_of_regions(logits, regions) + binary_cross_entropy_with_logits(logits, regions)
+        cross_entropy = binary_cross_entropy_with_logits(logits, regions)
+        return dice(with_labels(logits.float().sigmoid()), with_labels(regions)) + cross_entropy
 
     return loss
 
@@ -49,6 +51,12 @@ def region_masks(label: torch.Tensor) -> torch.Tensor:
     """Which voxels of training labels [B, 1, ...] are in TC, WT and ET: float32 [B, 3, ...] of zeros and ones."""
     masks = [torch.stack([label == value for value in REGIONS[region]]).any(0) for region in REGION_CHANNELS]
     return torch.cat(masks, 1).float()
+
+
+def with_labels(regions: torch.Tensor) -> torch.Tensor:
+    """Probabilities [B, 3, ...] of TC, WT and ET, and after them those of NCR and ED: [B, 5, ...]."""
+    tc, wt, et = regions.split(1, 1)
+    return torch.cat((regions, tc * (1 - et), wt * (1 - tc)), 1)
 
 
 def probabilities_from_logits(logits: torch.Tensor) -> torch.Tensor:

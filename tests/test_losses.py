@@ -6,7 +6,14 @@ import torch
 from conftest import LPS
 from monai.losses import DiceLoss
 
-from models.losses import labels_from_logits, make_loss, probabilities_from_logits, region_masks, region_probabilities
+from models.losses import (
+    labels_from_logits,
+    make_loss,
+    probabilities_from_logits,
+    region_masks,
+    region_probabilities,
+    with_labels,
+)
 from models.preprocessing import label_map, native_label_map, to_native, to_network
 
 # Voxels of each training label in turn, and in which of TC, WT, ET they are.
@@ -68,14 +75,31 @@ def test_the_probability_of_a_region_is_the_sum_of_its_labels():
     assert torch.equal(region_probabilities(regions), regions)
 
 
-def test_the_loss_of_regions_is_dice_plus_binary_cross_entropy():
+def test_the_loss_of_regions_is_dice_of_regions_and_labels_plus_binary_cross_entropy():
     logits, label = random_logits(3), random_labels()
     voxels = label[:, 0].numpy()
-    target = np.stack([np.isin(voxels, values) for values in ((1, 3), (1, 2, 3), (3,))], 1)  # [B, 3, D, H, W]
+    parts = ((1, 3), (1, 2, 3), (3,), (1,), (2,))  # TC, WT, ET, NCR, ED
+    masks = np.stack([np.isin(voxels, values) for values in parts], 1)  # [B, 5, D, H, W]
     p = 1 / (1 + np.exp(-logits.numpy().astype(float)))
-    cross_entropy = -np.mean(np.where(target, np.log(p), np.log(1 - p)))
-    dice = DiceLoss(sigmoid=True)(logits, torch.from_numpy(target).float()).item()
+    cross_entropy = -np.mean(np.where(masks[:, :3], np.log(p), np.log(1 - p)))
+    tc, wt, et = p.swapaxes(0, 1)
+    predicted = np.stack((tc, wt, et, tc * (1 - et), wt * (1 - tc)), 1)
+    dice = DiceLoss()(torch.from_numpy(predicted), torch.from_numpy(masks).double()).item()
     assert make_loss()(logits, label).item() == pytest.approx(dice + cross_entropy, rel=1e-5)
+
+
+def test_a_core_that_is_all_enhancing_costs_more_where_it_hides_necrosis():
+    """Of regions alone, ET over the whole core would cost the network the Dice of ET and nothing else."""
+    label = torch.zeros(1, 1, 8, 8, 8, dtype=torch.long)
+    label[..., 2:6, 2:6, 2:6] = 3
+    label[..., 3:5, 3:5, 3:5] = 1  # a ring of ET around NCR
+    truth = region_masks(label)
+    filled = truth.clone()
+    filled[:, 2] = truth[:, 0]  # ET = TC
+    of_regions = [DiceLoss()(masks, truth).item() for masks in (truth, filled)]
+    with_ncr = [DiceLoss()(with_labels(masks), with_labels(truth)).item() for masks in (truth, filled)]
+    assert with_ncr[0] == pytest.approx(0, abs=1e-4)
+    assert with_ncr[1] > 4 * (of_regions[1] - of_regions[0])
 
 
 def test_the_loss_of_labels_is_dice_of_the_tumour_plus_cross_entropy():
