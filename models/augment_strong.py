@@ -108,15 +108,40 @@ def resample(image: Tensor, label: Tensor, warp: Warp, order, backwards, image_o
     some of them `backwards`) and then warped, into other memory of that shape, all in one interpolation: linear for the
     image, the label that weighs most for the labels. From outside comes background, 0."""
     shape = image.shape[1:]
-    values = torch.arange(1, 4, device=label.device).view(3, 1, 1, 1)
-    volumes = torch.cat((image.float(), (label == values).float()))  # [4 + 3, D, H, W]
     slabs = math.gcd(shape[0], torch.get_num_threads())  # on a CPU torch gives each thread a sample of the batch
-    grid = _places(warp, order, backwards, shape, image.device).unflatten(0, (slabs, -1))  # [slabs, D / slabs, H, W, 3]
-    moved = F.grid_sample(volumes.expand(slabs, *volumes.shape), grid, align_corners=True)
-    images, shares = moved.split((len(image), 3), 1)  # [slabs, 4 or 3, D / slabs, H, W]
+    places = _places(warp, order, backwards, shape, image.device)
+    images = _interpolate(image.float(), places, slabs)  # [slabs, 4, D / slabs, H, W]
     image_out.unflatten(1, (slabs, -1)).copy_(images.movedim(0, 1))
+    label_out.zero_()
+    box = _box_of_tumour(label[0], places, slabs) if image.device.type == "cpu" else (slice(None),) * 3
+    if box is None:
+        return
+    values = torch.arange(1, 4, device=label.device).view(3, 1, 1, 1)
+    shares = _interpolate((label == values).float(), places[box], slabs)  # [slabs, 3, d / slabs, h, w]
     largest, winner = shares.max(1)
-    label_out[0] = torch.where(largest > 1 - shares.sum(1), winner + 1, 0).flatten(0, 1)
+    label_out[0][box] = torch.where(largest > 1 - shares.sum(1), winner + 1, 0).flatten(0, 1).to(label_out.dtype)
+
+
+def _interpolate(volumes: Tensor, places: Tensor, slabs: int) -> Tensor:
+    """Volumes [C, D, H, W] at `places` [d, h, w, 3]: [slabs, C, d / slabs, h, w]."""
+    grid = places.unflatten(0, (slabs, -1))
+    return F.grid_sample(volumes.expand(slabs, *volumes.shape), grid, align_corners=True)
+
+
+def _box_of_tumour(label: Tensor, places: Tensor, slabs: int) -> tuple[slice, slice, slice] | None:
+    """The box of those `places` [D, H, W, 3] that come from the tumour or right beside it, or None. All others are
+    background: on a CPU that saves most of the label's interpolation; a GPU would have to be waited for."""
+    tumour = label.nonzero()  # [voxels, 3]
+    if not len(tumour):
+        return None
+    half = (torch.tensor(label.shape) - 1) / 2  # see _places
+    low, high = ((end - half) / half for end in (tumour.amin(0) - 1, tumour.amax(0) + 1))
+    taken = ((places > low.flip(0)) & (places < high.flip(0))).all(-1).nonzero()
+    if not len(taken):
+        return None
+    (first, *starts), (last, *stops) = taken.amin(0).tolist(), (taken.amax(0) + 1).tolist()
+    whole_slabs = slice(first // slabs * slabs, -(-last // slabs) * slabs)
+    return whole_slabs, *map(slice, starts, stops)
 
 
 def _places(warp: Warp, order, backwards, shape, device) -> Tensor:

@@ -50,28 +50,54 @@ def always(monkeypatch, *changes):
 # ---- geometry ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+TURNS = pytest.mark.parametrize(
     ("order", "backwards"), [((0, 1, 2), ()), ((0, 1, 2), (1, 2)), ((1, 0, 2), (0,)), ((1, 0, 2), (1, 2))]
 )
+
+
+def moved_by_scipy(volume, warp, order, backwards):
+    """A volume float64 after flips and turns of numpy and an affine transformation of scipy, without deformation."""
+    moved = np.flip(volume.transpose(order), backwards)
+    matrix, center = warp.matrix.double().numpy(), (np.array(moved.shape) - 1) / 2
+    return ndimage.affine_transform(moved, matrix, center - matrix @ center, order=1, mode="grid-constant", cval=0)
+
+
+def shares_by_scipy(label, warp, order, backwards):
+    """How much background and each label weighs in each voxel, [4, D, H, W], and where one clearly weighs most."""
+    parts = [moved_by_scipy((label == value).astype(float), warp, order, backwards) for value in (1, 2, 3)]
+    shares = np.stack([1 - sum(parts), *parts])
+    second, first = np.sort(shares, axis=0)[-2:]
+    return shares, first - second > 1e-3
+
+
+@TURNS
 def test_scales_and_rotations_are_those_of_scipy_after_flips_and_turns_of_numpy(order, backwards, monkeypatch):
     always(monkeypatch, "scale", "rotation")
     (image, label), warp = smooth_case(), draw_warp(generator())
     image_out, label_out = resampled(image, label, warp, order, backwards)
-    matrix = warp.matrix.double().numpy()
-    center = (np.array(SHAPE) - 1) / 2
-
-    def expected(volume):
-        moved = np.flip(volume.transpose(order), backwards)
-        offset = center - matrix @ center
-        return ndimage.affine_transform(moved, matrix, offset, order=1, mode="grid-constant", cval=0)
-
     for channel, out in zip(image.double().numpy(), image_out, strict=True):
-        assert np.abs(expected(channel) - out).max() < 1e-4
-    shares = np.stack([expected((label[0].numpy() == value).astype(float)) for value in (1, 2, 3)])
-    shares = np.concatenate([1 - shares.sum(0, keepdims=True), shares])
-    second, first = np.sort(shares, axis=0)[-2:]
-    clear = first - second > 1e-3
+        assert np.abs(moved_by_scipy(channel, warp, order, backwards) - out).max() < 1e-4
+    shares, clear = shares_by_scipy(label[0].numpy(), warp, order, backwards)
     assert clear.mean() > 0.9 and np.array_equal(shares.argmax(0)[clear], label_out[0][clear])
+
+
+@TURNS
+def test_a_small_tumour_is_where_scipy_has_it_wherever_it_was(order, backwards, monkeypatch):
+    always(monkeypatch, "scale", "rotation")
+    for seed in range(20):
+        label, warp = np.zeros(SHAPE, int), draw_warp(generator(seed))
+        corner = np.random.default_rng(seed).integers(0, np.array(SHAPE) - 3)
+        label[tuple(slice(low, low + 3) for low in corner)] = 1 + seed % 3
+        _, label_out = resampled(torch.zeros(4, *SHAPE), torch.from_numpy(label)[None], warp, order, backwards)
+        shares, clear = shares_by_scipy(label, warp, order, backwards)
+        assert np.array_equal(shares.argmax(0)[clear], label_out[0][clear])
+
+
+def test_no_tumour_and_one_that_leaves_the_volume_become_background():
+    image, label = torch.zeros(4, *SHAPE), torch.zeros(1, *SHAPE, dtype=torch.long)
+    assert not resampled(image, label, Warp(torch.eye(3), None))[1].any()
+    label[0, 0, 0, 0] = 3
+    assert not resampled(image, label, Warp(torch.eye(3) / 2, None))[1].any()  # magnified: the corners are outside
 
 
 def test_a_deformation_moves_voxels_by_the_sum_of_its_cosines():
