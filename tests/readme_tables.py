@@ -268,7 +268,8 @@ def robustness() -> list[str]:
     return table("what, tried, outcome, source", lines)
 
 
-TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation, weights)}
+TABLES = {make.__name__: make for make in (commands, headlines, stages, engines, cross_validation,
+                                           recipe_tables.worth, weights)}  # fmt: skip
 
 
 def elsewhere(up: str, make, *arguments) -> list[str]:

@@ -7,9 +7,11 @@ from table_cells import (
     NETWORKS,
     REGIONS,
     ROWS,
+    SETS,
     TESTS,
     commit_of,
     folds_of,
+    instruction_set,
     middle,
     over_seeds,
     read,
@@ -31,6 +33,8 @@ BEGINNINGS = {  # network -> folder of an evaluation, name of the runs in it, wh
     "swinunetr": ((f"real-96{FOLDS}", "swinunetr-real-96", "40 epochs"),
                   (f"phantoms-real-96{FOLDS}", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
+
+FORMER = {"baseline-regions-alone": ("baseline-regions", ", its loss without NCR and ED, as before `6c36448`")}
 
 
 def networks() -> list[str]:
@@ -66,14 +70,35 @@ def beginnings() -> list[str]:
 
 def factors() -> list[str]:
     """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
-    path, variants = f"{TESTS}/recipe.csv", variants_of("40")
-    reference, lines = variants.pop(("baseline", "real64cv")), []
-    variants = {key: rows for key, rows in variants.items() if key[1] != "real64"}  # in float32: see heads
-    for rows in (reference, *variants.values()):
-        lines.append([*variant_cells(rows, reference), f"{float(rows[0]['gmac']):.1f}",
-                      seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
+    path, (reference, *changed), lines = f"{TESTS}/recipe.csv", trainings_of_forty_epochs(), []
+    for rows in (reference, *changed):
+        lines.append([*variant_cells(rows, reference), f"{float(rows[0]['gmac']):.1f}", step_of(rows),
+                      source(path, rows)])  # fmt: skip
     return table("U-Net, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
+
+
+def worth() -> list[str]:
+    """Of the factors those that two seeds or more and an interval without 0 speak for or against, the best first."""
+    path, (reference, *changed), lines = f"{TESTS}/recipe.csv", trainings_of_forty_epochs(), {}
+    for rows in changed:
+        seeds = {row["seed"] for row in rows}
+        same_seeds = [row for row in reference if row["seed"] in seeds]
+        (gain, *_), (low, high), *_ = recipe.difference(recipe.scores_of(same_seeds), recipe.scores_of(rows))
+        if len(seeds) > 1 and low[0] * high[0] > 0:
+            name, of_seeds, *_, compared = variant_cells(rows, reference)
+            times = middle(timed(rows), "step_ms") / middle(timed(reference), "step_ms")
+            change = name.removeprefix("U-Net").lstrip(" ,")
+            lines[gain] = [change, of_seeds, compared, f"{times:.1f}", source(path, rows)]
+    return table("change, seeds, change of the labels' Dice (95 % interval) and better in, times the step, source",
+                 [lines[gain] for gain in sorted(lines, reverse=True)])  # fmt: skip
+
+
+def trainings_of_forty_epochs() -> list[list[dict]]:
+    """Rows of recipe.csv: of the default U-Net, and then of each change of it."""
+    variants = variants_of("40")
+    reference = variants.pop(("baseline", "real64cv"))
+    return [reference, *(rows for (_, data), rows in variants.items() if data in ("real64cv", "real64z"))]
 
 
 def heads() -> list[str]:
@@ -93,10 +118,11 @@ def equal_minutes() -> list[str]:
     path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20") | variants_of("110"), []
     reference = variants["swin", "real64cv"]
     for rows in variants.values():
-        folds = {(row["seed"], row["fold"]): float(row["minutes"]) for row in rows}
+        folds = {(row["seed"], row["fold"]): float(row["minutes"]) for row in timed(rows)}
+        minutes = f"{fmean(folds.values()):.1f}" if folds else "-"
         name, *cells = variant_cells(rows, reference)
-        lines.append([name, rows[0]["epochs"], f"{fmean(folds.values()):.1f}", *cells, f"{float(rows[0]['gmac']):.1f}",
-                      seconds(middle(rows, "step_ms") / 1e3), source(path, rows)])  # fmt: skip
+        lines.append([name, rows[0]["epochs"], minutes, *cells, f"{float(rows[0]['gmac']):.1f}", step_of(rows),
+                      source(path, rows)])  # fmt: skip
     return table("network, epochs, minutes a fold, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, GMAC, step, source", lines)  # fmt: skip
 
@@ -109,12 +135,24 @@ def variants_of(epochs: str) -> dict[tuple[str, str], list[dict]]:
     return variants
 
 
+def timed(rows: list[dict]) -> list[dict]:
+    """Those whose times compare: some seeds were trained on a processor without AVX-512, in float32."""
+    return [row for row in rows if instruction_set(row["device"]) == SETS[1]]
+
+
+def step_of(rows: list[dict]) -> str:
+    return seconds(middle(timed(rows), "step_ms") / 1e3) if timed(rows) else "-"
+
+
 def variant_cells(rows: list[dict], reference: list[dict]) -> list[str]:
     """Name and flags of a variant, how many seeds, its scores, and what it changes at the seeds that both have."""
-    script, flags = recipe.VARIANTS[rows[0]["variant"]]
+    variant, as_before = FORMER.get(rows[0]["variant"], (rows[0]["variant"], ""))
+    script, flags = recipe.VARIANTS[variant]
     flags, seeds = flags.replace(recipe.SWIN, "").strip(), {row["seed"] for row in rows}
-    name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + f" `{flags}`" * bool(flags)
-    name += ", z-scores" * (rows[0]["data"] == "real64z") + ", **default**" * (rows is reference)
+    name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + f" `{flags}`" * bool(flags) + as_before
+    if rows[0]["data"] == "real64z":
+        name += ", z-scores (`preprocess_brats.py --normalize zscore`)"
+    name += ", **default**" * (rows is reference)
     same_seeds = [row for row in reference if row["seed"] in seeds]
     compared = "-" if rows is reference else change_of_labels(same_seeds, rows)
     return [name, str(len(seeds)), *means_over_seeds(rows), compared]
