@@ -2,18 +2,19 @@
 """Train the transformer, Swin UNETR, on preprocessed BraTS cases with the same loop as the U-Net, then test it.
 
 Writes models/swinunetr/results/<run>/: config.json, train.csv, training_plots.png, best.pt (best validation Dice),
-last.pt, test_results.csv and test_prediction_overlay.png. The defaults are the paper's network (feature size 48), whose
-tensors take 5.5 GiB at 128x128x128 in bf16 (counted); evaluate.py compares the run with one of the U-Net.
+last.pt, test_results.csv and test_prediction_overlay.png. The default is Swin UNETR V2 with feature size 48, as in the
+paper; its tensors take 5.8 GiB at 128x128x128 in bf16 (counted). evaluate.py compares the run with one of the U-Net.
 
   python train_swinunetr.py data/preprocessed_tensors                        (one GPU)
-  python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (3.0 GiB, slower)
+  python train_swinunetr.py data/preprocessed_tensors --checkpointing full   (3.2 GiB, slower)
   torchrun --nproc-per-node 4 train_swinunetr.py data/preprocessed_tensors   (several GPUs)
-  python train_swinunetr.py DATA --patch 128 --regions                       (as in the paper; DATA preprocessed with
-                                                                              --size native --normalize zscore)
+  python train_swinunetr.py DATA --patch 128 --regions --no-v2               (as in the paper of 2022; DATA
+                                                  preprocessed with --size native --normalize zscore)
   python train_swinunetr.py DATA --feature-size 12 --epochs 2                (DATA preprocessed with --size 64 --limit
                                                                               8: a minute on a CPU)
 """
 
+import argparse
 from dataclasses import asdict
 
 from models import cli
@@ -33,8 +34,9 @@ def arguments():
                               "Swin blocks, or of the convolutions too; slower steps, less memory")
     network.add_argument("--attention", choices=("reference", "sdpa", "auto"), default="auto",
                          help="written-out formula, torch's fused kernels, or the faster of them on this device")
-    network.add_argument("--v2", action="store_true",
-                         help="Swin UNETR V2: a residual block of convolutions before each stage; for few cases")
+    network.add_argument("--v2", action=argparse.BooleanOptionalAction, default=True,
+                         help="Swin UNETR V2: a residual block of convolutions before each stage; --no-v2: the network "
+                              "of 2022, as the published weights and those that come with the project are")
     network.add_argument("--drop-path", type=cli.fraction, default=0.0,
                          help="how often the branches of the last Swin block are left out in a training step, below 1; "
                               "less often in the blocks before it, never in the first")

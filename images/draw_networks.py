@@ -23,7 +23,7 @@ from models.swinunetr.window_attention import mask_groups, mask_of_group, partit
 
 SIZE = 128  # voxels along a side of the input
 DOWN, UP, SKIP = "#56B4E9", "#E69F00", "#777777"
-WIDTH, HEIGHT = 13, 13.4  # inches, of Swin UNETR's diagram
+WIDTH, HEIGHT = 13, 14.0  # inches, of Swin UNETR's diagram
 JOIN = "#DDDDDD"  # the blocks on Swin UNETR's skip connections
 # Colours [4, 3] of the tokens that the roll wraps around along no axis, along one or the other, and along both
 REGIONS = torch.tensor([to_rgb(color) for color in (DOWN, UP, "#009E73", "#CC79A7")])
@@ -108,7 +108,7 @@ def draw_unet(path: Path):
 def swinunetr_blocks():
     """The network, and (channels, side) of what every block gives, by the block's name, from a pass without data."""
     with torch.device("meta"):
-        model, image = build_model("swinunetr"), torch.empty(1, 4, SIZE, SIZE, SIZE)
+        model, image = build_model("swinunetr", v2=True), torch.empty(1, 4, SIZE, SIZE, SIZE)
     sizes = {}
 
     def record(name, output):
@@ -130,8 +130,8 @@ def draw_swinunetr(path: Path):
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.set_axis_off()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    title = f"Swin UNETR: {parameters / 1e6:.1f} million parameters; channels × voxels (blue: × tokens)"
-    axes.text(WIDTH / 2, 13.1, f"{title} for an input of {SIZE}³", ha="center", va="center", fontsize=14)
+    title = f"Swin UNETR V2: {parameters / 1e6:.1f} million parameters; channels × voxels (blue: × tokens)"
+    axes.text(WIDTH / 2, 13.75, f"{title} for an input of {SIZE}³", ha="center", va="center", fontsize=14)
     draw_encoder_and_decoder(figure, axes, model, sizes)
     draw_windows(figure, axes, model.swinViT.layers1[0].blocks[1].attn, sizes["swinViT.patch_embed"][1])
     figure.savefig(path, dpi=100)
@@ -139,7 +139,7 @@ def draw_swinunetr(path: Path):
 
 
 def draw_encoder_and_decoder(figure, axes, model, sizes):
-    boxes, rows = {}, [11.45 - 1.25 * level for level in range(6)]  # a row for each halving of the sides
+    boxes, rows = {}, [12.05 - 1.37 * level for level in range(6)]  # a row for each halving of the sides
 
     def box(name, place, text, color):
         boxes[name] = draw_box(axes, place, text, color, 12)
@@ -154,6 +154,7 @@ def draw_encoder_and_decoder(figure, axes, model, sizes):
         window = model.get_submodule(f"swinViT.{layer}.0.blocks.0.attn").window_size
         windows = -(-sizes[f"swinViT.{layer}.0.blocks.0"][1] // window)  # along an axis, after padding
         text = f"{layer}: {windows}³ windows of {window}³"
+        text += f"\nresidual block {size(f'swinViT.{layer}c.0')}"
         for what, part in ("window attention", "blocks.0"), ("shifted windows", "blocks.1"), ("merging", "downsample"):
             text += f"\n{what} {size(f'swinViT.{layer}.0.{part}')}"
         box(layer, (0.75 + 0.45 * level, rows[level]), text, DOWN)

@@ -116,7 +116,7 @@ def heads() -> list[str]:
 
 
 def equal_minutes() -> list[str]:
-    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to the default Swin UNETR."""
+    """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to Swin UNETR of 2022."""
     path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20") | variants_of("110"), []
     reference = variants["swin", "real64cv"]
     for rows in variants.values():
@@ -154,7 +154,8 @@ def variant_cells(rows: list[dict], reference: list[dict]) -> list[str]:
     name = NETWORKS[script.removeprefix("train_").removesuffix(".py")] + f" `{flags}`" * bool(flags) + as_before
     if rows[0]["data"] == "real64z":
         name += ", z-scores (`preprocess_brats.py --normalize zscore`)"
-    name += ", **default**" * (rows is reference)
+    elif not flags:
+        name += ", **default**"
     same_seeds = [row for row in reference if row["seed"] in seeds]
     compared = "-" if rows is reference else change_of_labels(same_seeds, rows)
     return [name, str(len(seeds)), *means_over_seeds(rows), compared]

@@ -63,10 +63,10 @@ VARIANTS = {  # name: training script, its flags
     "full-8-one": ("train_unet.py", f"{FULL_8} --convolutions 1 1 2 2 2"),
     "full-8-thin": ("train_unet.py", "--variant full-resolution --channels 8 16 32 64 128"),
     "folded-8": ("train_unet.py", FOLDED_8),
-    "swin": ("train_swinunetr.py", SWIN),
-    "swin-v2": ("train_swinunetr.py", f"{SWIN} --v2"),
-    "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --drop-path 0.1 --weight-decay 0.05"),
-    "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-attention"),
+    "swin": ("train_swinunetr.py", f"{SWIN} --no-v2"),
+    "swin-v2": ("train_swinunetr.py", SWIN),
+    "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --no-v2 --drop-path 0.1 --weight-decay 0.05"),
+    "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-v2 --no-attention"),
 }
 COLUMNS = (*LABELS.values(), "WT", "TC")  # of the arrays of scores; ET is a label and a region
 
