@@ -278,7 +278,7 @@ def elsewhere(up: str, make, *arguments) -> list[str]:
 
 
 FURTHER = (recipe_tables.networks, recipe_tables.beginnings, recipe_tables.factors, recipe_tables.equal_minutes,
-           recipe_tables.starts, recipe_tables.heads, scaling, robustness)  # fmt: skip
+           recipe_tables.starts, recipe_tables.heads, recipe_tables.hospitals, scaling, robustness)  # fmt: skip
 MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {

@@ -1,6 +1,6 @@
 """The tables of RESULTS.md that say what changes of the training, beginnings and networks are worth in Dice."""
 
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 from table_cells import (
@@ -89,9 +89,10 @@ def worth() -> list[str]:
         (gain, *_), (low, high), *_ = recipe.difference(recipe.scores_of(same_seeds), recipe.scores_of(rows))
         if len(seeds) > 1 and low[0] * high[0] > 0:
             name, of_seeds, *_, compared = variant_cells(rows, reference)
-            times = middle(timed(rows), "step_ms") / middle(timed(reference), "step_ms")
+            step_ms, usual_ms = ([float(row["step_ms"]) for row in timed(each)] for each in (rows, reference))
+            times = f"{median(step_ms) / median(usual_ms):.1f}" if step_ms else "-"
             change = name.removeprefix("U-Net").lstrip(" ,")
-            lines[gain] = [change, of_seeds, compared, f"{times:.1f}", source(path, rows)]
+            lines[gain] = [change, of_seeds, compared, times, source(path, rows)]
     return table("change, seeds, change of the labels' Dice (95 % interval) and better in, times the step, source",
                  [lines[gain] for gain in sorted(lines, reverse=True)])  # fmt: skip
 
@@ -104,14 +105,28 @@ def trainings_of_forty_epochs() -> list[list[dict]]:
 
 
 def heads() -> list[str]:
-    """A training on nine patients after usual and after varied synthetic heads; differences are those to usual ones."""
+    """A training on nine patients after usual and after varied synthetic heads."""
+    return forty_epochs("real64", "40 epochs on 9 patients after",
+                        {"baseline-phantoms": "64 usual heads", "baseline-varied": "64 varied heads"})  # fmt: skip
+
+
+def hospitals() -> list[str]:
+    """Trainings that are scored on patients of hospitals that they have no patient of."""
+    names = {"baseline": "default", "baseline-strong": "`--augmentation strong`",
+             "baseline-phantoms": "`--init`, from 64 synthetic heads"}  # fmt: skip
+    return forty_epochs("real64site", "40 epochs on 8 patients", names)
+
+
+def forty_epochs(data: str, what: str, names: dict[str, str]) -> list[str]:
+    """A line for each variant of a data set; differences are those to the first."""
     path, variants, lines = f"{TESTS}/recipe.csv", variants_of("40"), []
-    usual, varied = (variants[f"baseline-{kind}", "real64"] for kind in ("phantoms", "varied"))
-    for name, rows in (("64 usual heads", usual), ("64 varied heads", varied)):
-        compared = "-" if rows is usual else change_of_labels(usual, rows)
+    first = variants[next(iter(names)), data]
+    for variant, name in names.items():
+        rows = variants[variant, data]
+        compared = "-" if rows is first else change_of_labels(first, rows)
         seeds = {row["seed"] for row in rows}
         lines.append([name, str(len(seeds)), *means_over_seeds(rows), compared, source(path, rows)])
-    return table("40 epochs on 9 patients after, seeds, labels ± between seeds, WT, TC, ET, "
+    return table(f"{what}, seeds, labels ± between seeds, WT, TC, ET, "
                  "difference of labels (95 % interval) and better in, source", lines)  # fmt: skip
 
 
