@@ -7,8 +7,9 @@ Both flip each axis and turn with probability 0.5; "noise" adds Gaussian noise t
 --augmentation strong does, with its probabilities: scale, rotation, elastic deformation, bias field, blur, low
 resolution, brightness, contrast and gamma. They start from the same cached case, float32 and int64 or compact (float16
 and uint8, which MONAI converts after its flips, when that is cheapest), and end with the batch of one that the network
-takes, float32 and int64. Freed memory is kept, as in a training. The times are means over the cases: of the clock, and
-of the processor, which other programs disturb less. Rows are added to the CSV.
+takes, float32 and int64. The tumour fills a box of half the sides, 12.5 % of the volume; in twelve patients it was 15 %
+in the mean. Freed memory is kept, as in a training. The times are means over the cases: of the clock, and of the
+processor, which other programs disturb less. Rows are added to the CSV.
 """
 
 import argparse
@@ -71,7 +72,9 @@ def measure(stored: str, work: str, size: int, cases: int) -> dict[str, list[flo
     """Mean ms per case, by the clock and by the processor, of "ours" and of "monai"."""
     image_type, label_type = STORED[stored]
     noise_probability, is_strong = WORKS[work]
-    image, label = torch.rand(4, size, size, size), torch.randint(4, (1, size, size, size))
+    image, label = torch.rand(4, size, size, size), torch.zeros(1, size, size, size, dtype=torch.int64)
+    tumour = (0, *(slice(size // 8, size // 8 + size // 2),) * 3)
+    label[tumour] = torch.randint(4, (size // 2,) * 3)
     case = {"image": image.to(image_type), "label": label.to(label_type)}
     kept = [case["image"]], [label.to(torch.uint8)]
     chain, generator, batch = monai_chain(noise_probability, is_strong), torch.Generator().manual_seed(0), None
