@@ -48,7 +48,7 @@ def test_devices_are_told_apart_by_their_instructions(device, column):
 
 
 def test_it_can_be_read_at_once():
-    assert len(TEXT.splitlines()) <= 230
+    assert len(TEXT.splitlines()) <= 220
 
 
 def test_every_local_link_and_picture_exists():
