@@ -105,8 +105,8 @@ def _rotation(axis: int, angle: Tensor) -> Tensor:
 
 def resample(image: Tensor, label: Tensor, warp: Warp, order, backwards, image_out: Tensor, label_out: Tensor):
     """Write an image [4, D, H, W] and its label [1, D, H, W], turned and flipped (their axes in a new `order`, then
-    some of them `backwards`) and then warped, into other memory of that shape, all in one interpolation: linear for the
-    image, the label that weighs most for the labels. From outside comes background, 0."""
+    some of them `backwards`) and then warped, into other memory of that shape, with one interpolation of each: linear
+    for the image, the label that weighs most for the labels. From outside comes background, 0."""
     shape = image.shape[1:]
     slabs = math.gcd(shape[0], torch.get_num_threads())  # on a CPU torch gives each thread a sample of the batch
     places = _places(warp, order, backwards, shape, image.device)

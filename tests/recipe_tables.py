@@ -34,6 +34,7 @@ BEGINNINGS = {  # network -> folder of an evaluation, name of the runs in it, wh
                   (f"phantoms-real-96{FOLDS}", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
 }  # fmt: skip
 
+# Variants that the code no longer trains: the one whose flags they had, and what was different.
 FORMER = {"baseline-regions-alone": ("baseline-regions", ", its loss without NCR and ED, as before `6c36448`")}
 
 
