@@ -20,7 +20,7 @@ from dataclasses import asdict
 from models import cli
 
 
-def arguments():
+def arguments(of_init: dict | None = None):
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser)
     network = parser.add_argument_group("network")
@@ -42,6 +42,7 @@ def arguments():
                               "less often in the blocks before it, never in the first")
     network.add_argument("--no-attention", action="store_true",
                          help="leave attention out of the Swin blocks, to see what it is worth")
+    parser.set_defaults(**of_init or {})
     return parser.parse_args()
 
 
@@ -50,6 +51,8 @@ def main() -> int:
     from models import build_model, final_test, refuse_unfit_size, resuming, runs, training
     from models.dataset import input_size, read_split, refuse_leaks
 
+    if args.init:
+        args = arguments(runs.network_flags(args.init, vars(args)))
     split = read_split(args.data, args.fold)
     refuse_leaks(args.data, split)
     size = input_size(args.data, split, args.patch)

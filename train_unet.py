@@ -16,7 +16,7 @@ from dataclasses import asdict
 from models import cli
 
 
-def arguments():
+def arguments(of_init: dict | None = None):
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser)
     network = parser.add_argument_group("network")
@@ -30,6 +30,7 @@ def arguments():
     network.add_argument("--residual", action="store_true", help="a shortcut in each block")
     network.add_argument("--upsampling", choices=("transposed", "trilinear"), default="transposed",
                          help="transposed convolution, or interpolation after a 1x1x1 convolution")
+    parser.set_defaults(**of_init or {})
     return parser.parse_args()
 
 
@@ -38,6 +39,8 @@ def main() -> int:
     from models import build_model, final_test, refuse_unfit_size, resuming, runs, training
     from models.dataset import input_size, read_split, refuse_leaks
 
+    if args.init:
+        args = arguments(runs.network_flags(args.init, vars(args)))
     split = read_split(args.data, args.fold)
     refuse_leaks(args.data, split)
     size = input_size(args.data, split, args.patch)

@@ -132,6 +132,14 @@ def load_model(path: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     return model.to(device).eval(), checkpoint
 
 
+def network_flags(path: str | Path, flags: dict) -> dict:
+    """Those of a training script's flags that choose the network, with the values that they have in a run."""
+    checkpoint = load_checkpoint(checkpoint_file(path), mmap=True)
+    config = with_defaults(checkpoint["network"], checkpoint["config"])
+    config["no_attention"] = not config.get("use_attention", True)
+    return {flag: value for flag, value in config.items() if flag in flags and flag not in RUNTIME_SETTINGS}
+
+
 def load_initial_weights(model, path: str | Path, split: dict[str, list[str]]):
     """Give a network the weights of a run (its folder, or a checkpoint file). InputError unless that is a network with
     the same settings; a warning where these weights were trained on patients that the new run is to be scored on."""

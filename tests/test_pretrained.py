@@ -1,16 +1,19 @@
 """Weights to hand on: made from a run, found by the name of their network."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from conftest import RUN, run_script
 
+import train_swinunetr
 from models.brats import MODALITIES
 from models.errors import InputError
 from models.inference.predict import member_of, segment
 from models.phantom import make_case
 from models.pretrained import half_checkpoint
-from models.runs import load_model, open_run
+from models.runs import load_model, network_flags, open_run
 
 
 def test_weights_of_a_run_are_found_by_the_name_of_their_network(trained, raw, tmp_path):
@@ -53,3 +56,15 @@ def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_h
     prediction = segment(image, affine, member, run.preprocessing, torch.device("cpu"))
     overlap = 2 * ((prediction > 0) & (truth > 0)).sum() / ((prediction > 0).sum() + (truth > 0).sum())
     assert overlap > 0.85
+
+
+def test_a_training_that_begins_with_them_has_their_network_unless_flags_say_otherwise(monkeypatch):
+    def started(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_swinunetr.py", "DATA", "--init", "swinunetr", *flags])
+        args = train_swinunetr.arguments()
+        return train_swinunetr.arguments(network_flags(args.init, vars(args)))
+
+    args = started()
+    assert (args.feature_size, args.window_size, args.v2, args.no_attention) == (12, 4, False, False)
+    args = started("--window-size", "7", "--v2")
+    assert (args.feature_size, args.window_size, args.v2, args.no_attention) == (12, 7, True, False)

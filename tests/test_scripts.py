@@ -40,11 +40,12 @@ def test_a_unet_of_other_settings_is_trained_from_the_command_line_and_started_f
                "--upsampling", "trilinear"]  # fmt: skip
     recipe = ["--augmentation", "strong", "--copy-paste", 0.5, "--ema", 0.9, "--epochs", 1, "--amp", "off"]
     run_script("train_unet.py", tensors, *network, *recipe, "--run-name", "first", cwd=tmp_path)
-    run_script("train_unet.py", tensors, *network, *recipe, "--run-name", "second", "--init", RUN, cwd=tmp_path)
+    run_script("train_unet.py", tensors, *recipe, "--run-name", "second", "--init", RUN, cwd=tmp_path)
     config = open_run(tmp_path / "models/unet/results/second").config
     assert (config["variant"], config["channels"], config["residual"]) == ("space-to-depth", [4, 8, 12], True)
-    refused = run_script("train_unet.py", tensors, "--init", RUN, "--run-name", "third", cwd=tmp_path, status=2)
-    assert f"{RUN}/best.pt: not what these flags ask for: variant " in refused.stderr
+    other = ["--init", RUN, "--channels", 4, 8, 8]
+    refused = run_script("train_unet.py", tensors, *other, "--run-name", "third", cwd=tmp_path, status=2)
+    assert f"{RUN}/best.pt: not what these flags ask for: channels [4, 8, 12] (the flags: [4, 8, 8])." in refused.stderr
     assert refused.stderr.count("\n") == 1
     refused = run_script("train_unet.py", tensors, "--convolutions", 3, 3, 3, 3, 3, cwd=tmp_path, status=2)
     assert "the variant 'monai' of the U-Net has no such setting" in refused.stderr
