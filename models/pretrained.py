@@ -1,9 +1,11 @@
 """Make the weights that come with the project, which every script finds by the name of their network (--run unet).
 
   python -m models.pretrained models/unet/results/RUN/last.pt
+  python -m models.pretrained models/unet/results/RUN/last.pt --heads   (they have seen no patient; --init unet-heads)
 
-writes them as float16, without what only a training needs, to models/<network>/results/pretrained/best.pt, and the
-run's config.json beside it. MODEL_CARD.md there, which is written by hand, says what they are good for and what not.
+writes them as float16, without what only a training needs, to models/<network>/results/pretrained/best.pt, or
+pretrained-heads/best.pt, and the run's config.json beside it. MODEL_CARD.md there, which is written by hand, says what
+they are good for and what not.
 """
 
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from models import cli
 from models.errors import InputError
 from models.files import portable, write_atomically
-from models.runs import load_checkpoint, pretrained_checkpoint, save
+from models.runs import PRETRAINED, load_checkpoint, pretrained_checkpoint, save
 
 KEPT = ("format", "network", "config", "modalities", "amp", "epoch", "dice_mean", "model")
 
@@ -31,12 +33,13 @@ def half_checkpoint(checkpoint: dict) -> dict:
 def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="last.pt, or best.pt, of a trained run")
+    parser.add_argument("--heads", action="store_true", help="they were trained on synthetic heads alone")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     record = args.checkpoint.parent / "config.json"
     if not record.is_file():
         raise InputError(f"{record}: missing. It says how cases are preprocessed for these weights.")
-    out = pretrained_checkpoint(checkpoint["network"])
+    out = pretrained_checkpoint(checkpoint["network"], PRETRAINED[args.heads])
     out.parent.mkdir(parents=True, exist_ok=True)
     save(out, half_checkpoint(checkpoint))
     write_atomically(out.with_name("config.json"), record.read_text())

@@ -50,7 +50,7 @@ def record_to_resume(folder: Path, model, arguments: dict, split: dict[str, list
     last = folder / "last.pt"
     if not arguments["resume"]:
         # best.pt alone can be what was left of a first epoch, but not where it has not been trained there.
-        if last.exists() or folder.name == PRETRAINED or "imported_from" in read_record(folder):
+        if last.exists() or folder.name in PRETRAINED or "imported_from" in read_record(folder):
             raise InputError(f"{folder} already holds a run. Choose another --run-name, or go on with --resume.")
         return None
     if not last.is_file():

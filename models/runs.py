@@ -20,7 +20,7 @@ from models.files import ROOT, portable, remove_temporaries, whole_file
 from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_json
 from models.tensors import load_tensors
 
-PRETRAINED = "pretrained"  # the run of a network that comes with the project
+PRETRAINED = ("pretrained", "pretrained-heads")  # runs that come with the project, in the folders of their networks
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
 ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
@@ -66,7 +66,7 @@ def open_run(path: str | Path) -> Run:
     arguments = current_arguments(record) if "arguments" in record else {}
     data, fold = arguments.get("data"), arguments.get("fold")
     return Run(
-        name=checkpoint["network"] if folder.name == PRETRAINED else folder.name,
+        name=folder.name.replace("pretrained", checkpoint["network"]) if folder.name in PRETRAINED else folder.name,
         folder=file.parent,
         checkpoint=file,
         network=checkpoint["network"],
@@ -153,17 +153,18 @@ def load_initial_weights(model, path: str | Path, split: dict[str, list[str]]):
               f"({known[0]}): their scores will be too good.", file=sys.stderr)  # fmt: skip
 
 
-def pretrained_checkpoint(network: str) -> Path:
+def pretrained_checkpoint(network: str, run: str = PRETRAINED[0]) -> Path:
     """The weights of this network that come with the project (see models/pretrained.py)."""
-    return ROOT / "models" / network / "results" / PRETRAINED / "best.pt"
+    return ROOT / "models" / network / "results" / run / "best.pt"
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: best.pt of a run's folder, or, for the name of a network, the weights that
-    come with the project; a file stands for itself."""
+    """The checkpoint that a path stands for: best.pt of a run's folder, or, for the name of a network or such a name
+    with -heads, the weights that come with the project; a file stands for itself."""
     path = Path(path)
-    if str(path) in NETWORKS and not (path / "best.pt").exists():
-        return pretrained_checkpoint(str(path))
+    network, heads = str(path).removesuffix("-heads"), str(path).endswith("-heads")
+    if network in NETWORKS and not (path / "best.pt").exists():
+        return pretrained_checkpoint(network, PRETRAINED[heads])
     return path / "best.pt" if path.is_dir() else path
 
 

@@ -55,6 +55,7 @@ VARIANTS = {  # name: training script, its flags
     "baseline-paste": ("train_unet.py", "--copy-paste 0.3"),
     "baseline-ema": ("train_unet.py", "--ema 0.99"),
     "baseline-phantoms": ("train_unet.py", "--init models/unet/results/phantoms-64/last.pt"),  # see RESULTS.md
+    "baseline-heads": ("train_unet.py", "--init unet-heads"),
     "baseline-varied": ("train_unet.py", "--init models/unet/results/varied-64/last.pt"),
     "full-16": ("train_unet.py", "--variant full-resolution --channels 16 32 64 128 256"),
     "full-16-thin": ("train_unet.py", "--variant full-resolution --channels 16 16 32 64 128"),
