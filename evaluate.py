@@ -57,6 +57,9 @@ def arguments():
     how.add_argument("--small-et", action="store_true",
                      help="turn enhancing tumours below a volume into NCR: the volume that gives the best Dice on "
                           "each run's validation cases")
+    how.add_argument("--islands", type=cli.fraction, default=0.0, metavar="SHARE",
+                     help="drop parts of a predicted tumour that lie apart and have fewer voxels than this share of "
+                          "its largest part, such as 0.1: most are errors, unless there are metastases")
     how.add_argument("--workers", type=cli.positive_int, default=cli.usable_cpus(),
                      help="processes that score while the networks run")
     cli.add_device_arguments(how)
@@ -118,9 +121,10 @@ def refuse_flags(args):
     if args.cases and (args.raw or args.split or args.data or args.space == "network"):
         raise InputError("--cases: takes all cases of its folder, in native space; --raw, --split, --data and --space "
                          "network do not go with it.")  # fmt: skip
-    if args.predictions and (args.space == "network" or args.cases or args.save_nifti or args.ensemble):
-        raise InputError("--predictions: label maps are scored as they are; --space network, --cases, --ensemble and "
-                         "--save-nifti do not go with it.")  # fmt: skip
+    changes = args.ensemble or args.small_et or args.islands
+    if args.predictions and (args.space == "network" or args.cases or args.save_nifti or changes):
+        raise InputError("--predictions: label maps are scored as they are; --space network, --cases, --ensemble, "
+                         "--small-et, --islands and --save-nifti do not go with it.")  # fmt: skip
 
 
 def default_out(args, work) -> Path:

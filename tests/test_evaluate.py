@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN, read, run_script
+from scipy import ndimage
 
 from models import build_model
 from models.cases import find_cases
@@ -60,6 +61,28 @@ def test_evaluation_in_native_space_writes_nifti_on_the_original_grid(trained, r
     score = next(r for r in rows if r["case"] == case and r["target"] == "WT")
     both = np.logical_and(prediction > 0, truth > 0).sum()
     assert float(score["dice"]) == pytest.approx(2 * both / ((prediction > 0).sum() + (truth > 0).sum()), abs=1e-5)
+
+
+def test_islands_are_dropped_from_what_is_scored_and_written(trained, raw):
+    shutil.copytree(trained / RUN, trained / "scattered")
+    checkpoint = torch.load(trained / "scattered/best.pt", weights_only=True)
+    output = [name for name in checkpoint["model"] if name.endswith("conv.weight")][-1]
+    checkpoint["model"][output] = torch.randn(checkpoint["model"][output].shape, generator=torch.manual_seed(0))
+    torch.save(checkpoint, trained / "scattered/best.pt")
+
+    def parts(folder, *flags):
+        """How many parts the first case's tumour has, and whether the scores are those of the saved label map."""
+        run_script("evaluate.py", "scattered", *flags, "--save-nifti", folder, "--out", f"{folder}-out", cwd=trained)
+        row = next(row for row in read(trained / f"{folder}-out/per_case.csv") if row["target"] == "WT")
+        case = row["case"]
+        prediction = np.asarray(nibabel.load(trained / folder / f"{case}.nii.gz").dataobj) > 0
+        truth = np.asarray(nibabel.load(raw / case / f"{case}_seg.nii.gz").dataobj) > 0
+        dice = 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum())
+        assert float(row["dice"]) == pytest.approx(dice, abs=1e-5)
+        return ndimage.label(prediction, np.ones((3, 3, 3)))[1]
+
+    assert parts("all") > 1 and parts("largest", "--islands", 1) == 1
+    assert "parts of a tumour below 100% of its largest part" in (trained / "largest-out/report.html").read_text()
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ from models.evaluation.scoring import Job, Scored
 from models.evaluation.statistics import reliability_counts
 from models.files import ROOT
 from models.inference.engines import choose_engine
+from models.inference.islands import without_islands
 from models.inference.predict import Member, accumulators_gib, member_of, predict_all
 from models.inference.small_et import choose_small_et_ml, small_et_to_ncr
 from models.losses import region_probabilities
@@ -70,6 +71,7 @@ class Options:
     tta: bool
     overlap: float | None
     small_et: bool
+    islands: float
     engine: str
     amp: str
     save_nifti: Path | None
@@ -232,6 +234,7 @@ def small_et_ml(part: Part, members: list[Member], options: Options, device: tor
     for name in part.runs[0].split["validation"]:
         item = prepared_item((part.data or part.runs[0].data) / f"{name}.pt", None)
         label = label_map(predict_all(members, item.image.to(device), options.tta)[0]).cpu()
+        label = without_islands(label, options.islands)
         dice, volumes = (measure(confusion(label, item.label)) for measure in (dice_per_target, volumes_per_target))
         _, predicted, true = volumes["ET"]
         cases.append((predicted * voxel_ml(network_spacing_mm(item.geometry)), dice["ET"], float(true == 0)))
@@ -245,13 +248,17 @@ def voxel_ml(spacing_mm: list[float]) -> float:
 
 
 def predicted(item: Item, members: list[Member], options: Options, device: torch.device, small_et_ml: float) -> Job:
-    """The job of one case: predicted by its networks, with an ET below `small_et_ml` turned into NCR."""
+    """The job of one case, predicted by its networks: without islands, and an ET below `small_et_ml` becomes NCR."""
+
+    def finished(label: Tensor, spacing_mm: list[float]) -> np.ndarray:
+        return small_et_to_ncr(without_islands(label, options.islands), voxel_ml(spacing_mm), small_et_ml).cpu().numpy()
+
     start = time.perf_counter()
     probabilities, spread = predict_all(members, item.image.to(device), options.tta)
     synchronise(device)
     seconds = time.perf_counter() - start
     spacing_mm, label = network_spacing_mm(item.geometry), as_array(item.label)
-    in_network = small_et_to_ncr(label_map(probabilities), voxel_ml(spacing_mm), small_et_ml).cpu().numpy()
+    in_network = finished(label_map(probabilities), spacing_mm)
     job = Job(
         case=item.name,
         space="network",
@@ -268,8 +275,7 @@ def predicted(item: Item, members: list[Member], options: Options, device: torch
         job = replace(job, reliability=reliability_counts(regions, label))
     if options.space == "native" or options.save_nifti:
         affine_mm = np.linalg.norm(np.array(item.geometry["affine"])[:3, :3], axis=0).tolist()
-        native = small_et_to_ncr(native_label_map(probabilities, item.geometry), voxel_ml(affine_mm), small_et_ml)
-        job = replace(job, native=native.cpu().numpy())
+        job = replace(job, native=finished(native_label_map(probabilities, item.geometry), affine_mm))
     if options.space == "native":
         job = replace(job, space="native", prediction=job.native, truth=item.truth, spacing_mm=affine_mm,
                       network_truth=label)  # fmt: skip

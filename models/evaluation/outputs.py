@@ -109,9 +109,11 @@ def counted(cases: int, split: str) -> str:
 def facts_of(summary: dict) -> dict[str, str]:
     """What a reader of the report should know about what was scored."""
     facts = {"Cases": title_of(summary), "Mirror images": "8, averaged" if summary["tta"] else "none"}
-    if not summary["settings"]["small_et"]:
-        return facts
-    return facts | {"Small enhancing tumours": "become NCR below a volume chosen on the validation cases"}
+    if share := summary["settings"]["islands"]:
+        facts["Islands"] = f"parts of a tumour below {share:.0%} of its largest part are dropped"
+    if summary["settings"]["small_et"]:
+        facts["Small enhancing tumours"] = "become NCR below a volume chosen on the validation cases"
+    return facts
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
