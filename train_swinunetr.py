@@ -63,7 +63,7 @@ def main() -> int:
     device = training.setup(args.device, args.seed, args.deterministic)
     model = build_model("swinunetr", **config)
     if args.init and not args.resume:
-        runs.load_initial_weights(model, args.init, split)
+        runs.load_initial_weights(model, args.init, args.data, split)
     folder = runs.choose_folder(model.network, args.run_name)
     args.resume |= resuming.restarted(folder)
     with runs.locked(folder):

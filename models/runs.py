@@ -14,6 +14,7 @@ import torch
 
 from models import NETWORKS, build_model, with_defaults
 from models.brats import MODALITIES, patient_of
+from models.dataset import preprocessing_of_cases
 from models.device import decided_once, rank
 from models.errors import InputError, one_line
 from models.files import ROOT, portable, remove_temporaries, whole_file
@@ -140,17 +141,25 @@ def network_flags(path: str | Path, flags: dict) -> dict:
     return {flag: value for flag, value in config.items() if flag in flags and flag not in RUNTIME_SETTINGS}
 
 
-def load_initial_weights(model, path: str | Path, split: dict[str, list[str]]):
+def load_initial_weights(model, path: str | Path, data: Path, split: dict[str, list[str]]):
     """Give a network the weights of a run (its folder, or a checkpoint file). InputError unless that is a network with
-    the same settings; a warning where these weights were trained on patients that the new run is to be scored on."""
+    the same settings; a warning where these weights were trained on patients that the new run is to be scored on, or on
+    images of another scale than those of `data`."""
     path = checkpoint_file(path)
     refuse_other_network(path, model)
     load_weights(model, load_checkpoint(path), path)
-    seen = patients_seen(read_record(path.parent)) or ()
+    if rank() != 0:
+        return
+    record, start = read_record(path.parent), f"Warning: --init: {portable(path)} was trained on"
+    seen = patients_seen(record) or ()
     known = [case for part in ("validation", "test") for case in split[part] if patient_of(case) in seen]
-    if known and rank() == 0:
-        print(f"Warning: --init: {portable(path)} was trained on {len(known)} of the validation and test cases "
-              f"({known[0]}): their scores will be too good.", file=sys.stderr)  # fmt: skip
+    if known:
+        print(f"{start} {len(known)} of the validation and test cases ({known[0]}): their scores will be too good.",
+              file=sys.stderr)  # fmt: skip
+    scale, of_data = (_preprocessing(record) or {}).get("normalize"), preprocessing_of_cases(data)["normalize"]
+    if scale and scale != of_data:
+        print(f"{start} cases of --normalize {scale}, and {data} has those of --normalize {of_data}: its weights will "
+              "help less.", file=sys.stderr)  # fmt: skip
 
 
 def pretrained_checkpoint(network: str, run: str = PRETRAINED[0]) -> Path:

@@ -50,7 +50,7 @@ def train(data, folder, *flags, split=None, config=SMALL, network="unet"):
     training.setup("cpu", args.seed)
     model = build_model(network, **config)
     if args.init and not args.resume:
-        runs.load_initial_weights(model, args.init, split)
+        runs.load_initial_weights(model, args.init, args.data, split)
     with pytest.MonkeyPatch.context() as patch:
         for module in (runs, files):
             patch.setattr(module, "ROOT", folder)
@@ -284,6 +284,18 @@ def test_patients_of_the_initial_weights_count_as_seen_and_scoring_them_is_warne
     warning = capsys.readouterr().err
     assert f"trained on 1 of the validation and test cases ({trained_on})" in warning
     assert runs.open_run(run).seen == {patient_of(case) for case in (*split["train"], validated_on)}
+
+
+def test_images_of_another_scale_than_those_of_the_initial_weights_are_warned_of(tensors, begun, tmp_path, capsys):
+    train(tensors, tmp_path / "same", "--epochs", 1, "--init", begun / RUN)
+    assert "--normalize" not in capsys.readouterr().err
+    scores = tmp_path / "scores"
+    shutil.copytree(tensors, scores)
+    manifest = json.loads((scores / "manifest.json").read_text())
+    manifest["settings"]["normalize"] = "zscore"
+    (scores / "manifest.json").write_text(json.dumps(manifest))
+    train(scores, tmp_path / "other", "--epochs", 1, "--init", begun / RUN)
+    assert "was trained on cases of --normalize percentile, and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
