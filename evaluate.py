@@ -58,8 +58,9 @@ def arguments():
                      help="turn enhancing tumours below a volume into NCR: the volume that gives the best Dice on "
                           "each run's validation cases")
     how.add_argument("--islands", type=cli.fraction, default=0.0, metavar="SHARE",
-                     help="drop parts of a predicted tumour that lie apart and have fewer voxels than this share of "
-                          "its largest part, such as 0.1: most are errors, unless there are metastases")
+                     help="parts of WT, TC or ET that lie apart and have fewer voxels than this share of the region's "
+                          "largest part, such as 0.05, become background, ED or NCR: most are errors, unless there are "
+                          "metastases")
     how.add_argument("--workers", type=cli.positive_int, default=cli.usable_cpus(),
                      help="processes that score while the networks run")
     cli.add_device_arguments(how)

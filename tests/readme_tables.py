@@ -187,15 +187,16 @@ def cross_validation(*networks: str) -> list[str]:
 def weights() -> list[str]:
     """What comes with the project, and the scores of the same training cross-validated."""
     lines = []
-    for network, name in NETWORKS.items():
-        folder = f"models/{network}/results/pretrained"
+    for network, ending in (("unet", ""), ("swinunetr", ""), ("unet", "-heads")):
+        folder = f"models/{network}/results/pretrained{ending}"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
-        epochs, side = record["arguments"]["epochs"], record["size"][0]
-        after = " after synthetic heads" if "initial_weights" in record else ""
+        epochs, side, cases = record["arguments"]["epochs"], record["size"][0], len(record["split"]["train"])
+        trained_on = f"{cases} {'synthetic heads' if ending else 'patients'} at {side}³, {epochs} epochs"
         lines.append([
-            f"`{network}`", f"{name}, {record['parameters'] / 1e6:.1f} million weights",
+            f"`{network}{ending}`", f"{NETWORKS[network]}, {record['parameters'] / 1e6:.1f} million weights",
             f"{(ROOT / folder / 'best.pt').stat().st_size / 1e6:.1f} MB",
-            f"{len(record['split']['train'])} cases at {side}³, {epochs} epochs{after}", dice_of_folds(network),
+            trained_on + " after synthetic heads" * ("initial_weights" in record),
+            "for `--init` alone" if ending else dice_of_folds(network),
             f"[card]({folder}/MODEL_CARD.md) `{record['git_commit'][:7]}`",
         ])  # fmt: skip
     return table("name, network, file, trained on, Dice of the same training cross-validated, more", lines)
@@ -278,7 +279,8 @@ def elsewhere(up: str, make, *arguments) -> list[str]:
 
 
 FURTHER = (recipe_tables.networks, recipe_tables.beginnings, recipe_tables.factors, recipe_tables.equal_minutes,
-           recipe_tables.starts, recipe_tables.heads, recipe_tables.hospitals, scaling, robustness)  # fmt: skip
+           recipe_tables.starts, recipe_tables.heads, recipe_tables.short, recipe_tables.hospitals, scaling,
+           robustness)  # fmt: skip
 MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {

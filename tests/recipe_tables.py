@@ -24,15 +24,16 @@ from models.evaluation.statistics import mean_interval
 from tests.benchmarks import recipe
 
 FOLDS = "-fold0/evaluation-cross-validation"
-BEGINNINGS = {  # network -> folder of an evaluation, name of the runs in it, what they were
-    "unet": ((f"baseline-real-96{FOLDS}", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+BEGINNINGS = (  # network; of each training: folder of an evaluation, name of the runs in it, what they were
+    ("unet", (f"baseline-real-96{FOLDS}", "baseline-real-96", "60 epochs, learning rate 1e-3"),
              (f"real-96{FOLDS}", "real-96", "100 epochs"),
              (f"phantoms-real-96{FOLDS}", ROWS["unet"], "60 epochs, from weights of phantoms"),
-             (f"phantoms-real-128{FOLDS}", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms"),
              ("varied-96/evaluation-cases", "varied-96", "128 varied phantoms and no patient")),
-    "swinunetr": ((f"real-96{FOLDS}", "swinunetr-real-96", "40 epochs"),
+    ("unet", (f"baseline-real-128{FOLDS}", "baseline-real-128", "60 epochs at 128³, learning rate 1e-3"),
+             (f"phantoms-real-128{FOLDS}", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms")),
+    ("swinunetr", (f"real-96{FOLDS}", "swinunetr-real-96", "40 epochs"),
                   (f"phantoms-real-96{FOLDS}", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
-}  # fmt: skip
+)  # fmt: skip
 
 # Variants that the code no longer trains: the one whose flags they had, and what was different.
 FORMER = {"baseline-regions-alone": ("baseline-regions", ", its loss without NCR and ED, as before `6c36448`")}
@@ -51,9 +52,10 @@ def networks() -> list[str]:
 
 
 def beginnings() -> list[str]:
-    """What the cross-validation owes to the learning rate, weights from phantoms, and the size, in native space."""
+    """What the cross-validation owes to the learning rate and to weights from phantoms, in native space; differences
+    are those to the line of "-" above."""
     lines = []
-    for network, trainings in BEGINNINGS.items():
+    for network, *trainings in BEGINNINGS:
         first = None
         for folder, name, what in trainings:
             # Scores of both networks stand in the U-Net's folder.
@@ -107,20 +109,26 @@ def trainings_of_forty_epochs() -> list[list[dict]]:
 
 def heads() -> list[str]:
     """A training on nine patients after usual and after varied synthetic heads."""
-    return forty_epochs("real64", "40 epochs on 9 patients after",
-                        {"baseline-phantoms": "64 usual heads", "baseline-varied": "64 varied heads"})  # fmt: skip
+    return variants_on("real64", "40 epochs on 9 patients after",
+                       {"baseline-phantoms": "64 usual heads", "baseline-varied": "64 varied heads"})  # fmt: skip
 
 
 def hospitals() -> list[str]:
     """Trainings that are scored on patients of hospitals that they have no patient of."""
     names = {"baseline": "default", "baseline-strong": "`--augmentation strong`",
              "baseline-phantoms": "`--init`, from 64 synthetic heads"}  # fmt: skip
-    return forty_epochs("real64site", "40 epochs on 8 patients", names)
+    return variants_on("real64site", "40 epochs on 8 patients", names)
 
 
-def forty_epochs(data: str, what: str, names: dict[str, str]) -> list[str]:
+def short() -> list[str]:
+    """A training of half as many epochs as those of the factors, from random weights and from the project's."""
+    names = {"baseline": "default", "baseline-heads": "`--init unet-heads`"}
+    return variants_on("real64cv", "20 epochs on 9 patients", names, epochs="20")
+
+
+def variants_on(data: str, what: str, names: dict[str, str], epochs: str = "40") -> list[str]:
     """A line for each variant of a data set; differences are those to the first."""
-    path, variants, lines = f"{TESTS}/recipe.csv", variants_of("40"), []
+    path, variants, lines = f"{TESTS}/recipe.csv", variants_of(epochs), []
     first = variants[next(iter(names)), data]
     for variant, name in names.items():
         rows = variants[variant, data]
@@ -133,7 +141,8 @@ def forty_epochs(data: str, what: str, names: dict[str, str]) -> list[str]:
 
 def equal_minutes() -> list[str]:
     """Variants of Swin UNETR, and the U-Net for as many minutes; differences are those to Swin UNETR of 2022."""
-    path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20") | variants_of("110"), []
+    path, variants, lines = f"{TESTS}/recipe.csv", variants_of("20"), []
+    variants = {key: rows for key, rows in variants.items() if key[0].startswith("swin")} | variants_of("110")
     reference = variants["swin", "real64cv"]
     for rows in variants.values():
         folds = {(row["seed"], row["fold"]): float(row["minutes"]) for row in timed(rows)}

@@ -82,7 +82,7 @@ def test_islands_are_dropped_from_what_is_scored_and_written(trained, raw):
         return ndimage.label(prediction, np.ones((3, 3, 3)))[1]
 
     assert parts("all") > 1 and parts("largest", "--islands", 1) == 1
-    assert "parts of a tumour below 100% of its largest part" in (trained / "largest-out/report.html").read_text()
+    assert "parts of WT, TC or ET below 100% of the largest" in (trained / "largest-out/report.html").read_text()
 
 
 @pytest.mark.slow

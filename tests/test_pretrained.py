@@ -45,14 +45,16 @@ def test_weights_that_are_not_there_are_refused_in_one_line(raw, tmp_path):
 # ---- those that come with the project ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("network", "megabytes"), [("unet", 12), ("swinunetr", 35)])
-def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_head(network, megabytes):
-    """They have seen twelve patients and other synthetic heads."""
-    run = open_run(network)
-    assert run.checkpoint.stat().st_size <= megabytes * 1e6 and len(run.split["train"]) == 12
+@pytest.mark.parametrize(
+    ("name", "megabytes", "cases"), [("unet", 12, 12), ("swinunetr", 35, 12), ("unet-heads", 12, 64)]
+)
+def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_head(name, megabytes, cases):
+    """They have seen twelve patients and other synthetic heads, or these alone."""
+    run = open_run(name)
+    assert run.name == name and run.checkpoint.stat().st_size <= megabytes * 1e6 and len(run.split["train"]) == cases
     volumes, truth, affine = make_case(seed=1, index=0)
     image = np.stack([volumes[modality] for modality in MODALITIES])
-    member = member_of(run, load_model(network)[0], None)
+    member = member_of(run, load_model(name)[0], None)
     prediction = segment(image, affine, member, run.preprocessing, torch.device("cpu"))
     overlap = 2 * ((prediction > 0) & (truth > 0)).sum() / ((prediction > 0).sum() + (truth > 0).sum())
     assert overlap > 0.85

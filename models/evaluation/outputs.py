@@ -110,7 +110,7 @@ def facts_of(summary: dict) -> dict[str, str]:
     """What a reader of the report should know about what was scored."""
     facts = {"Cases": title_of(summary), "Mirror images": "8, averaged" if summary["tta"] else "none"}
     if share := summary["settings"]["islands"]:
-        facts["Islands"] = f"parts of a tumour below {share:.0%} of its largest part are dropped"
+        facts["Islands"] = f"parts of WT, TC or ET below {share:.0%} of the largest become background, ED or NCR"
     if summary["settings"]["small_et"]:
         facts["Small enhancing tumours"] = "become NCR below a volume chosen on the validation cases"
     return facts
