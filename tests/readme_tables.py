@@ -278,9 +278,9 @@ def elsewhere(up: str, make, *arguments) -> list[str]:
     return [line.replace("](", f"]({up}") for line in make(*arguments)]
 
 
-FURTHER = (recipe_tables.networks, recipe_tables.beginnings, recipe_tables.factors, recipe_tables.equal_minutes,
-           recipe_tables.starts, recipe_tables.heads, recipe_tables.short, recipe_tables.hospitals, scaling,
-           robustness)  # fmt: skip
+FURTHER = (recipe_tables.networks, recipe_tables.beginnings, recipe_tables.islands, recipe_tables.factors,
+           recipe_tables.equal_minutes, recipe_tables.starts, recipe_tables.heads, recipe_tables.short,
+           recipe_tables.hospitals, scaling, robustness)  # fmt: skip
 MORE = {ROOT / "tests/benchmarks/RESULTS.md": {make.__name__: partial(elsewhere, "../../", make) for make in FURTHER}}
 CARDS = {  # model card -> its one table
     ROOT / f"models/{network}/results/pretrained/MODEL_CARD.md": {

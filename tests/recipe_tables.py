@@ -71,6 +71,21 @@ def beginnings() -> list[str]:
                  lines)  # fmt: skip
 
 
+def islands() -> list[str]:
+    """What `--islands` changes in the scores of the U-Net of the recipe of before, at 128³."""
+    folder, lines = "models/unet/results/baseline-real-128-fold0", []
+    paths = [f"{folder}/evaluation-{kind}/per_case.csv" for kind in ("cross-validation", "islands")]
+    for target in recipe.COLUMNS:
+        cells = []
+        for measure, digits in (("dice", 3), ("hd95_mm", 1), ("nsd_1mm", 3), ("lesion2026_dice", 3),
+                                ("lesion2023_dice", 3)):  # fmt: skip
+            values = [[float(row[measure]) for row in read(path, target=target) if row[measure]] for path in paths]
+            cells.append(" to ".join(f"{fmean(one):.{digits}f}" for one in values) if values[0] else "-")
+        lines.append([target, *cells, source(paths[1], [commit_of(folder)]) if not lines else ""])
+    return table("mean of 12 cases, Dice, HD95 in mm, NSD at 1 mm, lesion Dice of 2026, lesion Dice of 2023, source",
+                 lines)  # fmt: skip
+
+
 def factors() -> list[str]:
     """What changes of the training are worth; the first line is the default. Differences are those at shared seeds."""
     path, (reference, *changed), lines = f"{TESTS}/recipe.csv", trainings_of_forty_epochs(), []

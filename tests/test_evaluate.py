@@ -122,6 +122,12 @@ def test_scores_of_saved_predictions_are_those_of_the_run_that_made_them(trained
     assert "unknown cases: extra" in run_script(*foreign, cwd=trained, status=2).stderr
 
 
+@pytest.mark.parametrize("flags", [["--islands", 0.1], ["--small-et"], ["--ensemble"], ["--save-nifti", "out"]])
+def test_label_maps_of_another_program_are_scored_as_they_are(flags, tmp_path):
+    refused = run_script("evaluate.py", "--predictions", "maps", "--raw", "raw", *flags, cwd=tmp_path, status=2)
+    assert "scored as they are" in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_a_folder_of_cases_needs_no_truth_and_survives_a_damaged_one(trained, raw, tmp_path):
     """The others are predicted; the status is 3 and failures.csv says why."""
     first, second = find_cases(raw)[:2]
