@@ -30,6 +30,12 @@ def test_weights_of_a_run_are_found_by_the_name_of_their_network(trained, raw, t
     assert picture.is_file() and "segmented by unet, which was trained on this patient, in" in result.stdout
 
 
+def test_weights_of_heads_stand_beside_those_of_patients(trained, tmp_path):
+    run_script("-m", "models.pretrained", (trained / RUN / "last.pt").resolve(), "--heads", cwd=tmp_path)
+    (made,) = tmp_path.glob("models/*/results/*/best.pt")
+    assert made.parent.name == "pretrained-heads" and open_run(made).name == "unet-heads"
+
+
 def test_a_weight_that_float16_cannot_hold_is_refused():
     checkpoint = {"format": 1, "model": {"good": torch.ones(2), "output.bias": torch.tensor([1e6])}}
     with pytest.raises(InputError, match=r"output.bias: .* 1e\+06"):
