@@ -75,7 +75,7 @@ def islands() -> list[str]:
     """What `--islands` changes in the scores of the U-Net of the recipe of before, at 128³."""
     folder, lines = "models/unet/results/baseline-real-128-fold0", []
     paths = [f"{folder}/evaluation-{kind}/per_case.csv" for kind in ("cross-validation", "islands")]
-    for target in recipe.COLUMNS:
+    for target in (*REGIONS, "NCR", "ED"):
         cells = []
         for measure, digits in (("dice", 3), ("hd95_mm", 1), ("nsd_1mm", 3), ("lesion2026_dice", 3),
                                 ("lesion2023_dice", 3)):  # fmt: skip
