@@ -20,7 +20,7 @@ from dataclasses import asdict
 from models import cli
 
 
-def arguments(of_init: dict | None = None):
+def arguments(defaults: dict | None = None):
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser)
     network = parser.add_argument_group("network")
@@ -42,7 +42,7 @@ def arguments(of_init: dict | None = None):
                               "less often in the blocks before it, never in the first")
     network.add_argument("--no-attention", action="store_true",
                          help="leave attention out of the Swin blocks, to see what it is worth")
-    parser.set_defaults(**of_init or {})
+    parser.set_defaults(**defaults or {})
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from models import cli
 
 
-def arguments(of_init: dict | None = None):
+def arguments(defaults: dict | None = None):
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser)
     network = parser.add_argument_group("network")
@@ -30,7 +30,7 @@ def arguments(of_init: dict | None = None):
     network.add_argument("--residual", action="store_true", help="a shortcut in each block")
     network.add_argument("--upsampling", choices=("transposed", "trilinear"), default="transposed",
                          help="transposed convolution, or interpolation after a 1x1x1 convolution")
-    parser.set_defaults(**of_init or {})
+    parser.set_defaults(**defaults or {})
     return parser.parse_args()
 
 

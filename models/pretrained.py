@@ -13,7 +13,7 @@ from pathlib import Path
 from models import cli
 from models.errors import InputError
 from models.files import portable, write_atomically
-from models.runs import PRETRAINED, load_checkpoint, pretrained_checkpoint, save
+from models.runs import load_checkpoint, pretrained_checkpoint, save
 
 KEPT = ("format", "network", "config", "modalities", "amp", "epoch", "dice_mean", "model")
 
@@ -39,7 +39,7 @@ def main() -> int:
     record = args.checkpoint.parent / "config.json"
     if not record.is_file():
         raise InputError(f"{record}: missing. It says how cases are preprocessed for these weights.")
-    out = pretrained_checkpoint(checkpoint["network"], PRETRAINED[args.heads])
+    out = pretrained_checkpoint(checkpoint["network"], args.heads)
     out.parent.mkdir(parents=True, exist_ok=True)
     save(out, half_checkpoint(checkpoint))
     write_atomically(out.with_name("config.json"), record.read_text())

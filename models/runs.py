@@ -162,9 +162,10 @@ def load_initial_weights(model, path: str | Path, data: Path, split: dict[str, l
               "help less.", file=sys.stderr)  # fmt: skip
 
 
-def pretrained_checkpoint(network: str, run: str = PRETRAINED[0]) -> Path:
-    """The weights of this network that come with the project (see models/pretrained.py)."""
-    return ROOT / "models" / network / "results" / run / "best.pt"
+def pretrained_checkpoint(network: str, heads: bool) -> Path:
+    """The weights of this network that come with the project (see models/pretrained.py); `heads`: those of synthetic
+    heads alone."""
+    return ROOT / "models" / network / "results" / PRETRAINED[heads] / "best.pt"
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -173,7 +174,7 @@ def checkpoint_file(path: str | Path) -> Path:
     path = Path(path)
     network, heads = str(path).removesuffix("-heads"), str(path).endswith("-heads")
     if network in NETWORKS and not (path / "best.pt").exists():
-        return pretrained_checkpoint(network, PRETRAINED[heads])
+        return pretrained_checkpoint(network, heads)
     return path / "best.pt" if path.is_dir() else path
 
 
