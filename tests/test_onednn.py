@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from models import build_model
+from models import build_model, onednn
 from models.onednn import SMALL, convolution, use_onednn
 
 CASES = [  # input shape, output channels, kernel, stride, transposed, bias
@@ -26,6 +26,17 @@ def layer(channels, out, kernel, stride, transposed, bias):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize(("shape", "out", "kernel", "stride", "transposed", "bias"), CASES)
 def test_values_and_gradients_are_those_of_torch_in_float64(shape, out, kernel, stride, transposed, bias, layout):
+    check_against_float64(shape, out, kernel, stride, transposed, bias, layout)
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((1, 4, 80, 72, 6), 1), ((2, 8, 9, 8, 10), 1), ((2, 4, 8, 10, 12), 2)])
+def test_large_volumes_and_batches_too_where_there_is_avx2_alone(monkeypatch, shape, stride):
+    monkeypatch.setattr(onednn, "HAS_AVX2_ALONE", True)
+    assert not onednn._is_small(torch.empty(shape))
+    check_against_float64(shape, 8, 3, stride, False, True, torch.contiguous_format)
+
+
+def check_against_float64(shape, out, kernel, stride, transposed, bias, layout):
     torch.manual_seed(0)
     module = use_onednn(layer(shape[1], out, kernel, stride, transposed, bias))
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
@@ -60,7 +71,8 @@ def test_the_weight_gradient_under_autocast_is_right_at_depth_2():
     assert (found - exact).norm() < 0.02 * exact.norm()
 
 
-def test_what_torch_does_fast_is_left_to_it():
+def test_what_torch_does_fast_is_left_to_it(monkeypatch):
+    monkeypatch.setattr(onednn, "HAS_AVX2_ALONE", False)
     module = use_onednn(nn.Conv3d(4, 4, 3, padding=1))
     large = torch.rand(1, 4, 96, 96, 8)
     assert large.shape[:4].numel() > SMALL
@@ -68,6 +80,10 @@ def test_what_torch_does_fast_is_left_to_it():
         assert "brats" not in module(x).grad_fn.name()
     with torch.autocast("cpu", torch.bfloat16):
         assert module(torch.rand(1, 4, 8, 8, 8)).dtype is torch.bfloat16
+    monkeypatch.setattr(onednn, "HAS_AVX2_ALONE", True)
+    assert "brats" not in module(large.contiguous(memory_format=torch.channels_last_3d)).grad_fn.name()
+    with torch.inference_mode():
+        assert not onednn._has_slow_gradient(large, module)
 
 
 def test_an_exported_network_holds_torchs_own_operators_only():

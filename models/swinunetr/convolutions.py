@@ -83,17 +83,24 @@ def instance_norm(x: Tensor) -> Tensor:
     last, loses too many digits in channels whose mean is large beside their spread.
     """
     if x.dtype in (torch.bfloat16, torch.float16):  # kernels that count in float32 are exact enough for these
-        normed = [torch.batch_norm(sample, None, None, None, None, True, 0.0, EPSILON, True) for sample in x.split(1)]
-        return normed[0] if len(normed) == 1 else torch.cat(normed)
-    voxels = (2, 3, 4)
-    if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():  # a compiler fuses these steps
-        variance, mean = torch.var_mean(x, voxels, correction=0, keepdim=True)  # each [B, C, 1, 1, 1]
+        return _batch_norms(x)
+    if not x.is_cpu or torch.compiler.is_compiling():  # a compiler fuses these steps
+        variance, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)  # each [B, C, 1, 1, 1]
         scale = (variance + EPSILON).rsqrt()
         return torch.addcmul(-mean * scale, x, scale)
+    if torch.is_grad_enabled():
+        # What is subtracted before a norm changes nothing in exact arithmetic, so the mean needs no gradient.
+        return _batch_norms(x - _means(x.detach()))
     # Without gradients x, which is the fresh result of a convolution, can be overwritten.
     flat = x.sub_(_means(x)).flatten(2)  # [B, C, V]
     squares = torch.bmm(flat, flat.transpose(1, 2)).diagonal(dim1=1, dim2=2)  # [B, C]; the fastest sum on a CPU
     return x.mul_((squares / flat.shape[2] + EPSILON).rsqrt()[..., None, None, None])
+
+
+def _batch_norms(x: Tensor) -> Tensor:
+    """Each sample of [B, C, D, H, W] normalised as a batch of one, by kernels of torch that know channels last."""
+    normed = [torch.batch_norm(sample, None, None, None, None, True, 0.0, EPSILON, True) for sample in x.split(1)]
+    return normed[0] if len(normed) == 1 else torch.cat(normed)
 
 
 def _means(x: Tensor) -> Tensor:
