@@ -51,6 +51,8 @@ def main() -> int:
     model = build_model("unet", **config)
     if args.init and not args.resume:
         runs.load_initial_weights(model, args.init, args.data, split)
+    elif not args.resume:
+        runs.suggest_heads(model, args.data, split)
     folder = runs.choose_folder(model.network, args.run_name)
     args.resume |= resuming.restarted(folder)
     with runs.locked(folder):

@@ -22,6 +22,7 @@ from models.records import CHECKPOINT, CHECKPOINT_FORMAT, RECORD, misfit, read_j
 from models.tensors import load_tensors
 
 PRETRAINED = ("pretrained", "pretrained-heads")  # runs that come with the project, in the folders of their networks
+FEW_PATIENTS = 50  # to train with: below, weights of synthetic heads are suggested
 RUNTIME_SETTINGS = ("attention", "checkpointing")  # of a network: speed and memory; what it computes is the same
 # Flags that older records do not name, and what they would have said.
 ADDED_FLAGS = {"patch": None, "regions": False, "augmentation": "basic", "copy_paste": 0.0, "ema": 0.0, "init": None,
@@ -160,6 +161,20 @@ def load_initial_weights(model, path: str | Path, data: Path, split: dict[str, l
     if scale and scale != of_data:
         print(f"{start} cases of --normalize {scale}, and {data} has those of --normalize {of_data}: its weights will "
               "help less.", file=sys.stderr)  # fmt: skip
+
+
+def suggest_heads(model, data: Path, split: dict[str, list[str]]):
+    """For a training of few patients from random weights: name the weights of synthetic heads, if they fit."""
+    path = pretrained_checkpoint(model.network, heads=True)
+    if rank() != 0 or len({*map(patient_of, split["train"])}) >= FEW_PATIENTS or not path.exists():
+        return
+    try:
+        refuse_other_network(path, model)
+    except InputError:
+        return
+    if _preprocessing(read_record(path.parent))["normalize"] == preprocessing_of_cases(data)["normalize"]:
+        print(f"Few patients: a training with --init {model.network}-heads would begin with weights of synthetic "
+              "heads, which helped networks of three to nine patients (README, Results).")  # fmt: skip
 
 
 def pretrained_checkpoint(network: str, heads: bool) -> Path:

@@ -1,5 +1,6 @@
 """Weights to hand on: made from a run, found by the name of their network."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from conftest import RUN, run_script
 
 import train_swinunetr
+from models import build_model
 from models.brats import MODALITIES
 from models.errors import InputError
 from models.inference.predict import member_of, segment
 from models.phantom import make_case
 from models.pretrained import half_checkpoint
-from models.runs import load_model, network_flags, open_run
+from models.runs import load_model, network_flags, open_run, suggest_heads
 
 
 def test_weights_of_a_run_are_found_by_the_name_of_their_network(trained, raw, tmp_path):
@@ -64,6 +66,21 @@ def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_h
     prediction = segment(image, affine, member, run.preprocessing, torch.device("cpu"))
     overlap = 2 * ((prediction > 0) & (truth > 0)).sum() / ((prediction > 0).sum() + (truth > 0).sum())
     assert overlap > 0.85
+
+
+@pytest.mark.parametrize(
+    ("patients", "channels", "normalize", "suggested"),
+    [(23, (16, 32, 64, 128, 256), "percentile", True), (23, (8, 16, 32, 64, 128), "percentile", False),
+     (23, (16, 32, 64, 128, 256), "zscore", False), (1000, (16, 32, 64, 128, 256), "percentile", False)],
+    ids=["few", "other network", "other images", "many"],
+)  # fmt: skip
+def test_a_training_of_few_patients_is_told_of_weights_that_fit(tmp_path, capsys, patients, channels, normalize,
+                                                                suggested):  # fmt: skip
+    settings = {"size": 64, "spacing_mm": 1.0, "normalize": normalize}
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "cases": {}}))
+    split = {"train": [f"BraTS2021_{index:05d}" for index in range(patients)]}
+    suggest_heads(build_model("unet", channels=channels), tmp_path, split)
+    assert ("--init unet-heads" in capsys.readouterr().out) == suggested
 
 
 def test_a_training_that_begins_with_them_has_their_network_unless_flags_say_otherwise(monkeypatch):

@@ -282,6 +282,18 @@ def test_instance_norm_is_exact_where_the_mean_is_large():
         torch.testing.assert_close(instance_norm(x.clone()), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_norm_of_a_training_and_its_gradient_are_those_of_float64_where_the_mean_is_large():
+    torch.manual_seed(0)
+    x = (torch.randn(2, 12, 8, 8, 8) + 300).contiguous(memory_format=torch.channels_last_3d)
+    gradient = torch.randn_like(x)
+    found, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
+    result, exact = instance_norm(found), torch.nn.functional.instance_norm(wanted, eps=1e-5)
+    result.backward(gradient)
+    exact.backward(gradient.double())
+    for one, other in ((result, exact), (found.grad, wanted.grad)):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+
 def test_monai_is_not_needed():
     code = "import sys; sys.modules['monai'] = None; from models import build_model; build_model('swinunetr')"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
