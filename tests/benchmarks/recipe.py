@@ -66,6 +66,7 @@ VARIANTS = {  # name: training script, its flags
     "folded-8": ("train_unet.py", FOLDED_8),
     "swin": ("train_swinunetr.py", f"{SWIN} --no-v2"),
     "swin-v2": ("train_swinunetr.py", SWIN),
+    "swin-v2-heads": ("train_swinunetr.py", f"{SWIN} --init swinunetr-heads"),
     "swin-drop-path": ("train_swinunetr.py", f"{SWIN} --no-v2 --drop-path 0.1 --weight-decay 0.05"),
     "swin-no-attention": ("train_swinunetr.py", f"{SWIN} --no-v2 --no-attention"),
 }
