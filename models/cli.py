@@ -232,9 +232,9 @@ def _add_runtime_arguments(group):
                        help="folder below models/<network>/results/ (default: the date and time)")
     group.add_argument("--init", metavar="RUN",
                        help="start from the weights of this run of the same script (its folder, or a checkpoint; or "
-                            "unet, swinunetr: those that come with the project; unet-heads: those that have seen no "
-                            "patient), not from random ones; flags of the network that are not given are those of that "
-                            "run")
+                            "unet, swinunetr: those that come with the project; unet-heads, swinunetr-heads: those "
+                            "of them that have seen no patient), not from random ones; flags of the network that are "
+                            "not given are those of that run")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run of this name from its last.pt; --epochs may be more than before, flags "
                             "that affect speed alone may differ, and so may the number of processes, and with it "

@@ -1,4 +1,4 @@
-"""3-D convolutions on a CPU, where torch is slow or wrong for small volumes.
+"""3-D convolutions on a CPU, where torch is slow or wrong.
 
 Slow: torch sends a float32 convolution of one volume with channels x depth x height up to 20,480 to a fallback that is
 up to forty times slower (`aten::slow_conv3d`), so a U-Net takes as long at 64^3 as at 96^3. A tensor in oneDNN's own
@@ -34,7 +34,7 @@ def use_onednn(model: nn.Module) -> nn.Module:
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d, with small volumes through oneDNN."""
+    """nn.Conv3d, through the operator below where torch's own is slow."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-3] == WRONG_DEPTH and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -63,7 +63,7 @@ def _is_small(x: Tensor) -> bool:
 
 
 def _has_slow_gradient(x: Tensor, module) -> bool:
-    """Channels last, the columns are made as fast as the slices are added, so only the usual layout is meant."""
+    """Not with channels last: there, columns are made so fast that nothing is gained."""
     return (
         HAS_AVX2_ALONE
         and torch.is_grad_enabled()

@@ -187,7 +187,7 @@ def cross_validation(*networks: str) -> list[str]:
 def weights() -> list[str]:
     """What comes with the project, and the scores of the same training cross-validated."""
     lines = []
-    for network, ending in (("unet", ""), ("swinunetr", ""), ("unet", "-heads")):
+    for network, ending in (*((network, "") for network in NETWORKS), *((network, "-heads") for network in NETWORKS)):
         folder = f"models/{network}/results/pretrained{ending}"
         record = json.loads((ROOT / folder / "config.json").read_text(encoding="utf-8"))
         epochs, side, cases = record["arguments"]["epochs"], record["size"][0], len(record["split"]["train"])

@@ -54,7 +54,8 @@ def test_weights_that_are_not_there_are_refused_in_one_line(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "megabytes", "cases"), [("unet", 12, 12), ("swinunetr", 35, 12), ("unet-heads", 12, 64)]
+    ("name", "megabytes", "cases"),
+    [("unet", 12, 12), ("swinunetr", 35, 12), ("unet-heads", 12, 64), ("swinunetr-heads", 35, 64)],
 )
 def test_the_weights_that_come_with_the_project_find_the_tumour_of_a_synthetic_head(name, megabytes, cases):
     """They have seen twelve patients and other synthetic heads, or these alone."""
