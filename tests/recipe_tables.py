@@ -25,14 +25,18 @@ from tests.benchmarks import recipe
 
 FOLDS = "-fold0/evaluation-cross-validation"
 BEGINNINGS = (  # network; of each training: folder of an evaluation, name of the runs in it, what they were
-    ("unet", (f"baseline-real-96{FOLDS}", "baseline-real-96", "60 epochs, learning rate 1e-3"),
-             (f"real-96{FOLDS}", "real-96", "100 epochs"),
-             (f"phantoms-real-96{FOLDS}", ROWS["unet"], "60 epochs, from weights of phantoms"),
-             ("varied-96/evaluation-cases", "varied-96", "128 varied phantoms and no patient")),
-    ("unet", (f"baseline-real-128{FOLDS}", "baseline-real-128", "60 epochs at 128³, learning rate 1e-3"),
-             (f"phantoms-real-128{FOLDS}", "phantoms-real-128", "60 epochs at 128³, from weights of phantoms")),
-    ("swinunetr", (f"real-96{FOLDS}", "swinunetr-real-96", "40 epochs"),
-                  (f"phantoms-real-96{FOLDS}", ROWS["swinunetr"], "40 epochs, from weights of phantoms")),
+    ("unet", (f"unet/results/baseline-real-96{FOLDS}", "baseline-real-96", "60 epochs, learning rate 1e-3"),
+             (f"unet/results/real-96{FOLDS}", "real-96", "100 epochs"),
+             (f"unet/results/phantoms-real-96{FOLDS}", ROWS["unet"], "60 epochs, from weights of phantoms"),
+             ("unet/results/varied-96/evaluation-cases", "varied-96", "128 varied phantoms and no patient")),
+    ("unet", (f"unet/results/baseline-real-128{FOLDS}", "baseline-real-128", "60 epochs at 128³, learning rate 1e-3"),
+             (f"unet/results/phantoms-real-128{FOLDS}", "phantoms-real-128",
+              "60 epochs at 128³, from weights of phantoms")),
+    ("swinunetr", (f"unet/results/real-96{FOLDS}", "swinunetr-real-96", "`--no-v2`, 40 epochs"),
+                  (f"unet/results/phantoms-real-96{FOLDS}", ROWS["swinunetr"],
+                   "`--no-v2`, 40 epochs, from weights of phantoms"),
+                  (f"swinunetr/results/heads-real-96{FOLDS}", "heads-real-96",
+                   "V2, 20 epochs, `--init swinunetr-heads`")),
 )  # fmt: skip
 
 # Variants that the code no longer trains: the one whose flags they had, and what was different.
@@ -58,13 +62,12 @@ def beginnings() -> list[str]:
     for network, *trainings in BEGINNINGS:
         first = None
         for folder, name, what in trainings:
-            # Scores of both networks stand in the U-Net's folder.
-            path = f"models/unet/results/{folder}/per_case.csv"
+            path = f"models/{folder}/per_case.csv"  # scores of both networks can stand in the U-Net's folder
             rows = [{"case": row["case"], "target": row["target"], "dice_last": row["dice"],
                      "true_voxels": float(row["true_ml"]) > 0} for row in read(path, run=name)]  # fmt: skip
             first = first or rows
             compared = "-" if rows is first else change_of_labels(first, rows)
-            link = source(path, [commit_of(f"models/{network}/results/{folder.split('/')[0]}")])
+            link = source(path, [commit_of(f"models/{network}/results/{folder.split('/')[2]}")])
             cells = [f"{mean:.3f}" for mean in label_means(rows)]
             lines.append([f"{NETWORKS[network]}, {what}", *cells, compared, link])
     return table("network and training, labels, WT, TC, ET, difference of labels (95 % interval) and better in, source",
