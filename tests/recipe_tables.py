@@ -134,7 +134,8 @@ def heads() -> list[str]:
 def hospitals() -> list[str]:
     """Trainings that are scored on patients of hospitals that they have no patient of."""
     names = {"baseline": "default", "baseline-strong": "`--augmentation strong`",
-             "baseline-phantoms": "`--init`, from 64 synthetic heads"}  # fmt: skip
+             "baseline-phantoms": "`--init`, from 64 synthetic heads",
+             "baseline-heads": "`--init unet-heads`"}  # fmt: skip
     return variants_on("real64site", "40 epochs on 8 patients", names)
 
 
